@@ -1,0 +1,52 @@
+"""The array knows where it lives: no flag, no global, and CuPy only on request."""
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from .errors import MiniloraError
+
+DEVICES = ("cpu", "cuda")
+
+
+def xp_of(array: Any) -> ModuleType:
+    """The library that owns `array`: `numpy` or `cupy`.  No import, no probe."""
+    return sys.modules[type(array).__module__.partition(".")[0]]
+
+
+def is_array(value: Any) -> bool:
+    """True for an array of a supported library; False for numbers, lists, None."""
+    return type(value).__module__.partition(".")[0] in ("numpy", "cupy") and hasattr(value, "dtype")
+
+
+def to_device(array: Any, device: str) -> Any:
+    """`array` on `device` ("cpu" or "cuda"): the one door between host and card.
+
+    Returns the same object when it is there already.  CuPy is imported here and
+    nowhere else.  Errors: `MiniloraError` for another device name, or for "cuda"
+    without CuPy.
+    """
+    if device not in DEVICES:
+        raise MiniloraError(f"device: expected one of {DEVICES}, found {device!r}")
+    if device == "cpu":
+        return to_numpy(array)
+    return cupy().asarray(array)
+
+
+def to_numpy(array: Any) -> np.ndarray:
+    """A host copy of a device array; a host array itself."""
+    return array.get() if hasattr(array, "get") else np.asarray(array)
+
+
+def cupy() -> ModuleType:
+    """The CuPy module, or an error that names the extra that brings it."""
+    try:
+        import cupy
+    except ImportError as error:
+        raise MiniloraError(
+            'device "cuda" needs CuPy: pip install "minilora[gpu]" (CUDA 12) '
+            'or "minilora[gpu13]" (CUDA 13)'
+        ) from error
+    return cupy

@@ -1,0 +1,32 @@
+"""Every refusal is one family, and says what was expected and what was found."""
+
+
+class MiniloraError(ValueError):
+    """Something that minilora was given cannot be used; the message names it."""
+
+
+class FormatError(MiniloraError):
+    """A file does not follow its format."""
+
+
+class MissingFileError(FormatError, FileNotFoundError):
+    """A file that was named does not exist."""
+
+    def __str__(self) -> str:  # OSError would print its own two-argument form
+        return str(self.args[0]) if self.args else ""
+
+
+class AdapterError(MiniloraError):
+    """An adapter does not fit its model, or was put together wrongly."""
+
+
+class QuantError(MiniloraError):
+    """An array cannot be quantized, or packed codes and scales disagree."""
+
+
+class NumericsError(MiniloraError):
+    """A value is not finite, or an index or label is out of range."""
+
+
+class CheckpointError(MiniloraError):
+    """A training state could not be saved, or does not belong to this run."""

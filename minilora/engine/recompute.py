@@ -1,0 +1,64 @@
+"""Forget a stretch of the graph and run it again on the way back: time for memory."""
+
+from collections.abc import Callable
+from contextvars import copy_context
+from typing import Any
+
+import numpy as np
+
+from .tensor import Node, Parameter, Tensor, ordered, pull, shared
+
+
+def recompute(
+    function: Callable, *arguments: Any, rng: np.random.Generator | None = None
+) -> Tensor | tuple[Tensor, ...]:
+    """`function(*arguments)`, keeping its arguments and none of its intermediate values.
+
+    On the way back the function runs once more, under the same rule setting and, where
+    an `rng` is given, with a fresh Generator from the one seed drawn here, so that both
+    runs see the same dropout masks.  Whatever depends on a Parameter outside the
+    function must come in as an argument.  (Chen et al. 2016, "sublinear memory cost".)
+    """
+    seed = None if rng is None else int(rng.integers(1 << 63))
+    setting = copy_context()
+    targets = [
+        (a.target, a.slot) if isinstance(a, Tensor) and a.node is not None else None
+        for a in arguments
+    ]
+    # Where a value of the outer graph comes in, its bare array is kept, not its Tensor.
+    kept = [a if t is None else a.data for a, t in zip(arguments, targets, strict=True)]
+
+    def run() -> tuple[list, tuple[Tensor, ...], bool]:
+        inlets = [a if t is None else Parameter(a) for a, t in zip(kept, targets, strict=True)]
+        options = {} if seed is None else {"rng": np.random.default_rng(seed)}
+        value = setting.run(function, *inlets, **options)
+        return inlets, value if isinstance(value, tuple) else (value,), isinstance(value, tuple)
+
+    inlets, outputs, is_tuple = run()
+    entry = {inlet: i for i, inlet in enumerate(inlets) if targets[i] is not None}
+    # Leaves in the order of the graph: (index of an argument, None) or (None, Parameter).
+    leaves = [(entry[leaf], None) if leaf in entry else (None, leaf) for leaf in leaves_of(outputs)]
+    parents = tuple((leaf, 0) if i is None else targets[i] for i, leaf in leaves)
+    arrays = tuple(output.data for output in outputs)
+    del inlets, outputs, entry
+
+    def pullback(g: Any, wants: tuple[bool, ...]) -> list:
+        inlets, outputs, _ = run()
+        gradients = pull(outputs, g if is_tuple else (g,))
+        return [gradients.get(leaf if i is None else inlets[i]) for i, leaf in leaves]
+
+    if not leaves:
+        results = tuple(Tensor(a) for a in arrays)
+    else:
+        edges = ((parents, shared(pullback, (True,) * len(parents))),)
+        node = Node("recompute", edges, len(arrays) if is_tuple else None)
+        results = tuple(Tensor(a, node, slot) for slot, a in enumerate(arrays))
+    return results if is_tuple else results[0]
+
+
+def leaves_of(outputs: tuple[Tensor, ...]) -> list[Parameter]:
+    """The Parameters that `outputs` were made from, each once, in the order of the graph."""
+    found = [o.target for o in outputs if isinstance(o.target, Parameter)]
+    for node in ordered(outputs):
+        found += [t for parents, _ in node.edges for t, _ in parents if isinstance(t, Parameter)]
+    return list(dict.fromkeys(found))

@@ -1,0 +1,90 @@
+"""One rule, many speeds: the readable rule is the specification, faster ones stand beside it."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any
+
+from .backend import is_array, xp_of
+from .errors import MiniloraError
+
+_only_reference: ContextVar[bool] = ContextVar("only_reference", default=False)
+
+
+@contextmanager
+def reference_rules() -> Iterator[None]:
+    """Inside, every rule runs its specification.  Carried along by `copy_context`."""
+    token = _only_reference.set(True)
+    try:
+        yield
+    finally:
+        _only_reference.reset(token)
+
+
+class Rule:
+    """A function `f(xp, *arrays, **options)`, and faster ones for single libraries.
+
+    The library of the first positional array chooses; an array of another
+    library among the arguments raises.  A fast rule returns `NotImplemented`
+    for what it does not take, and the specification answers.
+    """
+
+    def __init__(self, specification: Callable):
+        self.specification = specification
+        self.fast: dict[str, Callable] = {}
+        self.__name__ = specification.__name__
+        self.__doc__ = specification.__doc__
+        self.__module__ = specification.__module__
+        self.__wrapped__ = specification
+        parameters = inspect.signature(specification).parameters
+        self.told_wants = "wants" in parameters
+
+    def on(self, library: str) -> Callable[[Callable], Callable]:
+        """Register a faster rule for the arrays of `library` ("numpy" or "cupy")."""
+
+        def register(rule: Callable) -> Callable:
+            self.fast[library] = rule
+            return rule
+
+        return register
+
+    def run(self, xp: ModuleType, arguments: tuple, options: dict) -> Any:
+        """The value of the rule that applies: the fast one, or the specification."""
+        fast = self.fast.get(xp.__name__)
+        if fast is not None and not _only_reference.get():
+            value = fast(xp, *arguments, **options)
+            if value is not NotImplemented:
+                return value
+        return self.specification(xp, *arguments, **options)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self.run(common_library(self.__name__, arguments, options), arguments, options)
+
+    def __repr__(self) -> str:
+        return f"<rule {self.__name__}, fast on: {', '.join(self.fast) or 'none'}>"
+
+
+def rule(specification: Callable) -> Rule:
+    """Turn `f(xp, *arrays, **options)` into a function whose arrays pick the library."""
+    return Rule(specification)
+
+
+def common_library(name: str, arguments: tuple, options: dict) -> ModuleType:
+    """The one library of all arrays given.  Errors: none given, or two libraries."""
+    found = None
+    for value in (*arguments, *options.values()):
+        if not is_array(value):
+            continue
+        library = xp_of(value)
+        if found is None:
+            found = library
+        elif library is not found:
+            raise MiniloraError(
+                f"{name}: arrays of {found.__name__} and {library.__name__} meet; "
+                "move them to one device with to_device"
+            )
+    if found is None:
+        raise MiniloraError(f"{name}: expected at least one array, found none")
+    return found

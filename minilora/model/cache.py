@@ -1,0 +1,41 @@
+"""Keys and values already computed, so that a new token costs one row and not all of them."""
+
+from typing import Any
+
+from ..engine.backend import xp_of
+from ..engine.errors import MiniloraError
+from ..engine.tensor import Tensor
+
+
+class LayerCache:
+    """The keys and values of one layer: position p of row n stands at [n, p]."""
+
+    def __init__(self, xp: Any, shape: tuple[int, int, int, int], dtype: Any):
+        self.keys = xp.zeros(shape, dtype)  # (N, S, K, D)
+        self.values = xp.zeros(shape, dtype)
+        self.rows = xp.arange(shape[0])[:, None]  # (N, 1)
+
+    def extend(self, k: Tensor, v: Tensor, positions: Any) -> tuple[Tensor, Tensor]:
+        """Write k and v (N, T, K, D) at `positions` (N, T); return all up to now."""
+        if k.target is not None or v.target is not None:
+            raise MiniloraError("cache: generate from a frozen model: freeze(model)")
+        self.keys[self.rows, positions] = k.data
+        self.values[self.rows, positions] = v.data
+        return Tensor(self.keys), Tensor(self.values)
+
+
+class KVCache:
+    """One LayerCache a layer, for `batch` rows of up to `length` tokens.
+
+    bytes = 2 layers · batch · length · key heads · D · bytes of a number
+    """
+
+    def __init__(self, model: Any, batch: int, length: int):
+        config, weight = model.config, model.embedding.weight.data
+        if length > config.context:
+            raise MiniloraError(
+                f"cache: expected at most {config.context} positions, found {length}"
+            )
+        shape = (batch, length, config.kv, config.head_width)
+        xp = xp_of(weight)
+        self.layers = [LayerCache(xp, shape, weight.dtype) for _ in range(config.layers)]

@@ -1,0 +1,256 @@
+"""One decoder-only transformer, from GPT-2 to Llama, by one config."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ..engine.attention import attention, rope, split_heads
+from ..engine.errors import MiniloraError
+from ..engine.loss import IGNORE, cross_entropy, head_cross_entropy
+from ..engine.recompute import recompute
+from ..engine.tensor import Parameter, Tensor
+from .cache import KVCache, LayerCache
+from .layers import (
+    MLP,
+    Embedding,
+    GatedMLP,
+    LayerNorm,
+    Linear,
+    LinearLike,
+    RMSNorm,
+    Rng,
+    init_embedding,
+    init_linear,
+)
+from .module import module
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The shape of a transformer.  Defaults are Llama's; `TransformerConfig.gpt2` has GPT-2's."""
+
+    vocab: int  # V, size of the vocabulary
+    width: int  # C, channels of the residual stream
+    layers: int
+    heads: int  # H query heads of width C / H
+    key_heads: int | None = None  # heads of keys and values; None: as many as queries
+    hidden: int | None = None  # width inside the MLP; None: 4 C
+    context: int = 1024  # longest sequence
+    norm: str = "rms"  # "rms" or "layer"
+    mlp: str = "swiglu"  # "swiglu" or "gelu"
+    rope_theta: float | None = 10000.0  # None: learned positions
+    packed: bool = False  # one matrix for queries, keys and values, as in GPT-2
+    bias: bool = False  # biases on the linears
+    tied: bool = True  # the output head is the embedding table
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("vocab", "width", "layers", "heads", "context"):
+            if getattr(self, name) < 1:
+                raise MiniloraError(f"config: expected {name} >= 1, found {getattr(self, name)}")
+        if self.width % self.heads or self.heads % self.kv:
+            raise MiniloraError(
+                f"config: expected heads to divide width, and key heads to divide heads; "
+                f"found width {self.width}, heads {self.heads}, key heads {self.kv}"
+            )
+        for name, known in (("norm", ("rms", "layer")), ("mlp", ("swiglu", "gelu"))):
+            if getattr(self, name) not in known:
+                raise MiniloraError(
+                    f"config: expected {name} in {known}, found {getattr(self, name)!r}"
+                )
+
+    @property
+    def kv(self) -> int:
+        """Key heads."""
+        return self.heads if self.key_heads is None else self.key_heads
+
+    @property
+    def head_width(self) -> int:
+        """D = C / H."""
+        return self.width // self.heads
+
+    @property
+    def inner(self) -> int:
+        """Width inside the MLP."""
+        return 4 * self.width if self.hidden is None else self.hidden
+
+    @classmethod
+    def gpt2(cls, **shape: Any) -> "TransformerConfig":
+        """LayerNorm, learned positions, GELU, biases, packed q k v, tied head."""
+        style = {"norm": "layer", "mlp": "gelu", "rope_theta": None, "packed": True, "bias": True}
+        return cls(**(style | shape))
+
+
+@module
+class Attention:
+    """Causal self-attention over separate projections; key heads may be fewer than heads."""
+
+    query: LinearLike
+    key: LinearLike
+    value: LinearLike
+    output: LinearLike
+    heads: int
+    key_heads: int
+    rope_theta: float | None
+
+    def __call__(
+        self, x: Tensor, rng: Rng | None, positions: Any = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        N, T, _ = x.shape  # (N, T, C)
+        q = self.query(x, rng).reshape(N, T, self.heads, -1)  # (N, T, H, D)
+        k = self.key(x, rng).reshape(N, T, self.key_heads, -1)  # (N, T, K, D)
+        v = self.value(x, rng).reshape(N, T, self.key_heads, -1)
+        return self.output(attend(q, k, v, self.rope_theta, positions, cache), rng)
+
+
+@module
+class PackedAttention:
+    """The same over one matrix for queries, keys and values (GPT-2's `c_attn`)."""
+
+    qkv: LinearLike
+    output: LinearLike
+    heads: int
+    key_heads: int
+    rope_theta: float | None
+
+    def __call__(
+        self, x: Tensor, rng: Rng | None, positions: Any = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        heads = (self.heads, self.key_heads, self.key_heads)
+        packed = self.qkv(x, rng)  # (N, T, (H + 2K) D)
+        q, k, v = split_heads(packed, heads=heads, width=packed.shape[-1] // sum(heads))
+        return self.output(attend(q, k, v, self.rope_theta, positions, cache), rng)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, theta: float | None, positions: Any, cache: LayerCache | None
+) -> Tensor:
+    """Rotate, remember, attend, and put the heads side by side: (N, T, C)."""
+    if theta is not None:
+        q, k = rope(q, theta=theta, positions=positions), rope(k, theta=theta, positions=positions)
+    if cache is not None:
+        k, v = cache.extend(k, v, positions)
+    out = attention(q, k, v, positions=None if cache is None else positions)
+    return out.reshape(*out.shape[:2], -1)
+
+
+@module
+class Block:
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    attention_norm: LayerNorm | RMSNorm
+    attention: Attention | PackedAttention
+    mlp_norm: LayerNorm | RMSNorm
+    mlp: MLP | GatedMLP
+
+    def __call__(
+        self,
+        x: Tensor,
+        rng: Rng | None = None,
+        positions: Any = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rng, positions, cache)
+        return x + self.mlp(self.mlp_norm(x), rng)
+
+
+@module
+class Transformer:
+    """ids (N, T) -> logits (N, T, V)."""
+
+    config: TransformerConfig
+    embedding: Embedding
+    positions: Embedding | None  # None with rotary positions
+    blocks: tuple[Block, ...]
+    norm: LayerNorm | RMSNorm
+    head: LinearLike
+
+    def hidden(
+        self,
+        ids: Any,
+        *,
+        rng: Rng | None = None,
+        positions: Any = None,
+        cache: KVCache | None = None,
+        recompute_blocks: bool = False,
+    ) -> Tensor:
+        """The normalized residual stream before the head: (N, T, C).
+
+        With a `cache`, `positions` (N, T) says where each id stands; without, 0..T-1.
+        With `recompute_blocks`, a block keeps its input only and runs again on the way back.
+        """
+        if ids.ndim != 2 or ids.shape[1] == 0 or ids.shape[1] > self.config.context:
+            raise MiniloraError(
+                f"ids: expected shape (N, T) with 1 <= T <= {self.config.context}, "
+                f"found {ids.shape}"
+            )
+        x = self.embedding(ids)  # (N, T, C)
+        if self.positions is not None:
+            if positions is None:
+                x = x + self.positions.weight[: ids.shape[1]]
+            else:
+                x = x + self.positions(positions)
+        for i, block in enumerate(self.blocks):
+            if recompute_blocks:
+                x = recompute(partial(run_block, block), x, rng=rng)
+            else:
+                x = block(x, rng, positions, None if cache is None else cache.layers[i])
+        return self.norm(x)
+
+    def __call__(self, ids: Any, **options: Any) -> Tensor:
+        return self.head(self.hidden(ids, **options), options.get("rng"))
+
+    def loss(self, ids: Any, targets: Any, *, rng: Rng | None = None, **options: Any) -> Tensor:
+        """Σ cross-entropy over the targets (N, T) that are not `IGNORE`: a sum, not a mean."""
+        x = self.hidden(ids, rng=rng, **options)
+        if isinstance(self.head, Linear) and self.head.bias is None:
+            return head_cross_entropy(x, self.head.weight, targets=targets, ignore_index=IGNORE)
+        return cross_entropy(self.head(x, rng), targets=targets, ignore_index=IGNORE)
+
+
+def run_block(block: Block, x: Tensor, rng: Rng | None = None) -> Tensor:
+    return block(x, rng)
+
+
+def init_transformer(config: TransformerConfig, rng: Rng) -> Transformer:
+    """A trainable model: weights N(0, 0.02²), those that write into the residual stream
+    scaled by 1/√(2 layers), norms one, biases zero (Radford et al. 2019)."""
+    C, D, std = config.width, config.head_width, 0.02
+    into_stream = std / math.sqrt(2 * config.layers)
+
+    def dense(d_in: int, d_out: int, std: float = std) -> Linear:
+        return init_linear(d_in, d_out, rng, std=std, bias=config.bias)
+
+    def norm() -> LayerNorm | RMSNorm:
+        weight = Parameter(np.ones(C, np.float32))
+        if config.norm == "rms":
+            return RMSNorm(weight, config.eps)
+        return LayerNorm(weight, Parameter(np.zeros(C, np.float32)), config.eps)
+
+    def block() -> Block:
+        shape = {"heads": config.heads, "key_heads": config.kv, "rope_theta": config.rope_theta}
+        if config.packed:
+            qkv = dense(C, (config.heads + 2 * config.kv) * D)
+            attention = PackedAttention(qkv, dense(C, C, into_stream), **shape)
+        else:
+            query, key, value = (dense(C, h * D) for h in (config.heads, config.kv, config.kv))
+            attention = Attention(query, key, value, dense(C, C, into_stream), **shape)
+        if config.mlp == "gelu":
+            mlp = MLP(dense(C, config.inner), dense(config.inner, C, into_stream))
+        else:
+            gate, up = dense(C, config.inner), dense(C, config.inner)
+            mlp = GatedMLP(gate, up, dense(config.inner, C, into_stream))
+        return Block(norm(), attention, norm(), mlp)
+
+    table = init_embedding(config.vocab, C, rng, std=std)
+    learned = config.rope_theta is None
+    positions = init_embedding(config.context, C, rng, std=std) if learned else None
+    blocks = tuple(block() for _ in range(config.layers))
+    if config.tied:
+        head = Linear(table.weight)
+    else:
+        head = init_linear(C, config.vocab, rng, std=std, bias=False)
+    return Transformer(config, table, positions, blocks, norm(), head)

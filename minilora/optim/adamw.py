@@ -1,0 +1,164 @@
+"""The writers of parameters: SGD, and Adam with its decay decoupled."""
+
+from collections.abc import Callable
+from typing import Any
+
+from ..engine.backend import to_numpy, xp_of
+from ..engine.errors import MiniloraError
+from ..engine.rules import rule
+from ..engine.tensor import Parameter
+from .flat import FACTOR, LR, NORM, STEP, Stepper, matrices_decay
+
+
+@rule
+def sgd_update(xp, p, g, momentum, control, *, mu, decay):
+    """u = mu u + g,   p = (1 - lr decay) p - lr u,   in place; nothing if g is not finite."""
+    finite = xp.isfinite(control[NORM])
+    lr = control[LR].astype(p.dtype)
+    u = mu * momentum + g * control[FACTOR].astype(p.dtype)
+    xp.copyto(p, p * (1 - lr * decay) - lr * u, where=finite)
+    xp.copyto(momentum, u, where=finite)
+
+
+@rule
+def adamw_update(xp, p, g, m, v, control, *, betas, eps, decay):
+    """One step of AdamW, in place; nothing is written if the gradient's norm is not finite.
+
+        p = (1 - lr decay) p
+        m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g²
+        p = p - lr / (1 - b1ᵗ) · m / (√v / √(1 - b2ᵗ) + eps)
+
+    p g m v flat arrays of one length; `control` holds lr, t, the gradient's norm and the
+    factor that g is multiplied by.  (Loshchilov and Hutter 2019, in PyTorch's order.)
+    """
+    b1, b2 = betas
+    finite = xp.isfinite(control[NORM])
+    lr, t = control[LR], control[STEP] + 1
+    rate = (lr / (1 - b1**t)).astype(p.dtype)
+    root = xp.sqrt(1 - b2**t).astype(p.dtype)
+    shrink = (1 - lr * decay).astype(p.dtype)
+    g = g * control[FACTOR].astype(p.dtype)
+    new_m = b1 * m + (1 - b1) * g
+    new_v = b2 * v + (1 - b2) * (g * g)
+    xp.copyto(p, p * shrink - rate * (new_m / (xp.sqrt(new_v) / root + eps)), where=finite)
+    xp.copyto(m, new_m, where=finite)
+    xp.copyto(v, new_v, where=finite)
+
+
+class SGD(Stepper):
+    """Stochastic gradient descent with momentum over one flat buffer."""
+
+    def __init__(
+        self,
+        model: Any,
+        lr: float = 0.1,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        decays: Callable[[str, Parameter], bool] = matrices_decay,
+    ):
+        super().__init__(model, lr, decays)
+        self.mu, self.weight_decay = momentum, weight_decay
+        self.momentum = xp_of(self.flat.data).zeros_like(self.flat.data)
+
+    def step(self, divide_by: float = 1, clip: float | None = None) -> None:
+        """Apply the gradient gathered so far, and clear it; see `AdamW.step`."""
+        self.measure(divide_by, clip)
+        for part, decay in decay_parts(self):
+            f = self.flat
+            sgd_update(
+                f.data[part], f.grad[part], self.momentum[part], self.control,
+                mu=self.mu, decay=decay,
+            )  # fmt: skip
+        count_step(self)
+
+    def state(self) -> dict[str, Any]:
+        """Host arrays: the momentum by path, and the control numbers."""
+        return {"control": to_numpy(self.control).copy()} | saved(self, momentum=self.momentum)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Copy a saved state in, in place.  Errors: `CheckpointError` on any mismatch."""
+        restored(self, state, momentum=self.momentum)
+
+
+class AdamW(Stepper):
+    """AdamW over one flat buffer; train `optimizer.model`, whose Parameters are its views.
+
+    Matrices decay, norms and biases do not, unless `decays(path, parameter)` says otherwise.
+    State: 2 numbers per Parameter entry (m and v).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        decays: Callable[[str, Parameter], bool] = matrices_decay,
+    ):
+        super().__init__(model, lr, decays)
+        if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1):
+            raise MiniloraError(f"betas: expected two numbers in [0, 1), found {betas}")
+        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+        zeros_like = xp_of(self.flat.data).zeros_like
+        self.m, self.v = zeros_like(self.flat.data), zeros_like(self.flat.data)
+
+    def step(self, divide_by: float = 1, clip: float | None = None) -> None:
+        """Apply the gradient gathered so far, and clear it.
+
+        It is divided by `divide_by` (the number of scored tokens) and scaled down to norm
+        `clip` if it is longer.  A non-finite gradient changes nothing; see `first_bad`.
+        """
+        self.measure(divide_by, clip)
+        for part, decay in decay_parts(self):
+            f = self.flat
+            adamw_update(
+                f.data[part], f.grad[part], self.m[part], self.v[part], self.control,
+                betas=self.betas, eps=self.eps, decay=decay,
+            )  # fmt: skip
+        count_step(self)
+
+    def state(self) -> dict[str, Any]:
+        """Host arrays: both moments by path, and the control numbers."""
+        return {"control": to_numpy(self.control).copy()} | saved(self, m=self.m, v=self.v)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Copy a saved state in, in place.  Errors: `CheckpointError` on any mismatch."""
+        restored(self, state, m=self.m, v=self.v)
+
+
+def decay_parts(optimizer: SGD | AdamW) -> list[tuple[slice, float]]:
+    """The two stretches of the flat buffer, with their weight decay."""
+    d, n = optimizer.flat.decaying, optimizer.flat.data.size
+    parts = [(slice(0, d), optimizer.weight_decay), (slice(d, n), 0.0)]
+    return [(part, decay) for part, decay in parts if part.start < part.stop]
+
+
+def count_step(optimizer: Stepper) -> None:
+    """t += 1, unless the step wrote nothing; and the gradient is cleared."""
+    xp = xp_of(optimizer.control)
+    optimizer.control[STEP] += xp.isfinite(optimizer.control[NORM])
+    optimizer.flat.grad.fill(0)
+
+
+def saved(optimizer: Stepper, **buffers: Any) -> dict[str, Any]:
+    """`{"m.blocks.0...": host array}` for each buffer laid out like the parameters."""
+    return {
+        f"{name}.{path}": to_numpy(view).copy()
+        for name, flat in buffers.items()
+        for path, view in optimizer.flat.cut(flat).items()
+    }
+
+
+def restored(optimizer: Stepper, state: dict[str, Any], **buffers: Any) -> None:
+    """The inverse of `saved`, control numbers included."""
+    xp = xp_of(optimizer.control)
+    for name, flat in buffers.items():
+        prefix = f"{name}."
+        part = {
+            key.removeprefix(prefix): xp.asarray(value)
+            for key, value in state.items()
+            if key.startswith(prefix)
+        }
+        optimizer.flat.restore(flat, part, f"optimizer state {name}")
+    optimizer.control[...] = xp.asarray(state["control"])

@@ -1,0 +1,150 @@
+"""All that trains, in one array: one buffer to update, to page, to send, to save."""
+
+from collections.abc import Callable
+from typing import Any
+
+from ..engine.backend import xp_of
+from ..engine.errors import CheckpointError, MiniloraError
+from ..engine.rules import rule
+from ..engine.tensor import Parameter
+from ..model.module import parameters, rebuild
+
+
+def matrices_decay(path: str, parameter: Parameter) -> bool:
+    """The usual rule: weight decay on matrices, none on norms and biases."""
+    return parameter.ndim >= 2
+
+
+class Flat:
+    """The Parameters of a tree copied into one array, and one gradient array beside it.
+
+    `model` is the tree whose Parameters are views of `data`; `gradients` maps them to views
+    of `grad`.  Those that decay come first: [0, decaying) and [decaying, size).
+    Errors: `MiniloraError` if nothing trains, or if dtypes or devices differ.
+    """
+
+    def __init__(self, model: Any, decays: Callable[[str, Parameter], bool] = matrices_decay):
+        named = parameters(model)
+        if not named:
+            raise MiniloraError("optimizer: expected Parameters in the model, found none")
+        kinds = {(xp_of(p.data).__name__, p.dtype.name) for p in named.values()}
+        if len(kinds) > 1:
+            raise MiniloraError(f"optimizer: expected one dtype and device, found {sorted(kinds)}")
+        order = sorted(named, key=lambda path: not decays(path, named[path]))  # stable
+        xp = xp_of(named[order[0]].data)
+        self.data = xp.concatenate([named[path].data.ravel() for path in order])
+        self.grad = xp.zeros_like(self.data)
+        self.spans: dict[str, slice] = {}
+        self.shapes = {path: named[path].shape for path in order}
+        self.decaying = stop = 0
+        for path in order:
+            self.spans[path] = slice(stop, stop := stop + named[path].size)
+            if decays(path, named[path]):
+                self.decaying = stop
+        views = {path: Parameter(view) for path, view in self.cut(self.data).items()}
+        new = {id(named[path]): view for path, view in views.items()}
+        self.model = rebuild(model, lambda _, node: new.get(id(node), node))
+        self.named = views
+        self.gradients = self.gradients_in(self.grad)
+
+    def cut(self, flat: Any) -> dict[str, Any]:
+        """`{path: view}` of an array laid out like `data`."""
+        return {path: flat[s].reshape(self.shapes[path]) for path, s in self.spans.items()}
+
+    def gradients_in(self, flat: Any) -> dict[Parameter, Any]:
+        """`{Parameter: view of flat}`: what `backward(into=...)` takes."""
+        return {self.named[path]: view for path, view in self.cut(flat).items()}
+
+    def name_at(self, index: int) -> str:
+        """The path of the Parameter that holds entry `index` of the flat array."""
+        return next(path for path, s in self.spans.items() if s.start <= index < s.stop)
+
+    def add(self, gradients: dict[Parameter, Any]) -> None:
+        """Add what `backward()` returned.  Errors: `MiniloraError` for an unknown Parameter."""
+        for parameter, g in gradients.items():
+            if parameter not in self.gradients:
+                raise MiniloraError(
+                    f"optimizer: a gradient for {parameter}, which is not in its model; "
+                    "train optimizer.model, not the tree it was made from"
+                )
+            self.gradients[parameter] += g
+
+    def restore(self, flat: Any, saved: dict[str, Any], what: str) -> None:
+        """Copy saved arrays into `flat`, in place.  Errors: `CheckpointError` on any mismatch."""
+        views = self.cut(flat)
+        if saved.keys() != views.keys():
+            odd = sorted(saved.keys() ^ views.keys())
+            raise CheckpointError(f"{what}: saved and present parameters differ: {', '.join(odd)}")
+        for path, view in views.items():
+            if saved[path].shape != view.shape or saved[path].dtype != view.dtype:
+                raise CheckpointError(
+                    f"{what}: expected {view.dtype} {view.shape} for {path}, "
+                    f"found {saved[path].dtype} {saved[path].shape}"
+                )
+        for path, view in views.items():
+            view[...] = saved[path]
+
+
+# The few numbers that steer a step live beside the parameters, so that a step needs no
+# word from the host: float64 entries of one small array.
+LR, STEP, CALLS, NORM, FACTOR, BAD_CALL, BAD_INDEX = range(7)
+
+
+@rule
+def measure(xp, grad, control, *, divide_by, clip):
+    """Write the gradient's norm and the factor that divides and clips it into `control`.
+
+        norm = ‖grad‖ / divide_by,    factor = min(1, clip / norm) / divide_by
+
+    The squares are summed in double precision.  If the norm is not finite, the first such
+    call and the flat index of its first bad entry are recorded, for ever.
+    """
+    norm = xp.sqrt(xp.square(grad.astype(xp.float64)).sum()) / divide_by
+    control[CALLS] += 1
+    control[NORM] = norm
+    ratio = 1.0 if clip is None else xp.minimum(1.0, clip / xp.maximum(norm, 1e-300))
+    control[FACTOR] = ratio / divide_by
+    first = xp.logical_and(~xp.isfinite(norm), control[BAD_CALL] == 0)
+    index = (~xp.isfinite(grad)).argmax()
+    control[BAD_CALL] = xp.where(first, control[CALLS], control[BAD_CALL])
+    control[BAD_INDEX] = xp.where(first, index.astype(xp.float64), control[BAD_INDEX])
+
+
+class Stepper:
+    """What every optimizer shares: the flat buffers, the control numbers, the bad-step record."""
+
+    def __init__(self, model: Any, lr: float, decays: Callable[[str, Parameter], bool]):
+        if not lr >= 0:
+            raise MiniloraError(f"lr: expected a number >= 0, found {lr}")
+        self.flat = Flat(model, decays)
+        self.control = xp_of(self.flat.data).zeros(7)
+        self.control[LR] = lr
+
+    @property
+    def model(self) -> Any:
+        """The tree to train: its Parameters are views of the flat buffer."""
+        return self.flat.model
+
+    @property
+    def gradients(self) -> dict[Parameter, Any]:
+        """`{Parameter: view of the flat gradient}`, for `backward(into=...)`."""
+        return self.flat.gradients
+
+    def set_lr(self, lr: float) -> None:
+        """The learning rate of the steps to come."""
+        self.control[LR] = lr
+
+    def measure(self, divide_by: float, clip: float | None) -> None:
+        measure(self.flat.grad, self.control, divide_by=float(divide_by), clip=clip)
+
+    def norm(self) -> float:
+        """The gradient norm of the last step, before clipping (waits for the device)."""
+        return float(self.control[NORM])
+
+    def first_bad(self) -> tuple[int, str] | None:
+        """(call of `step`, path) of the first gradient that was not finite, if there was one.
+
+        That step and any like it wrote nothing.  Waits for the device.
+        """
+        call = int(self.control[BAD_CALL])
+        return (call, self.flat.name_at(int(self.control[BAD_INDEX]))) if call else None

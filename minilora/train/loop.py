@@ -1,0 +1,161 @@
+"""One loop for every method: it gets an optimizer and returns a history."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..engine.backend import xp_of
+from ..engine.errors import MiniloraError, NumericsError
+from ..engine.progress import progress
+from ..model.module import freeze, tensors
+from .data import Data, Order
+from .parallel import Loss, Shards, device_of
+
+
+@dataclass
+class Fit:
+    """What `fit` returns: the trained tree, and how it went."""
+
+    model: Any
+    history: list[dict[str, float]] = field(default_factory=list)  # step, loss, lr, norm, val
+    steps: int = 0  # taken
+    best_step: int | None = None  # with validation: the model is the one after this many steps
+    stopped: str = "finished"  # or "early", or "interrupted"
+
+
+def fit(
+    optimizer: Any,
+    loss: Loss,
+    train: Data,
+    *,
+    steps: int,
+    batch: int,
+    seed: int = 0,
+    schedule: Callable[[int], float] = lambda step: 1.0,
+    clip: float | None = None,
+    accumulate: int = 1,
+    shards: int = 1,
+    validation: Data | None = None,
+    every: int = 50,
+    patience: int | None = None,
+    label: str = "",
+) -> Fit:
+    """Train `optimizer.model` for `steps` steps of `batch` examples.
+
+    `loss(model, batch, rng)` is a sum over the scored items; the gradient is divided once
+    by how many there are in the whole step, so that `accumulate` micro-batches, or any
+    number of `shards`, equal the one big batch.  `schedule(step)` scales the optimizer's
+    learning rate.  Every `every` steps, and at the end, the history gets a record; with
+    `validation` it holds the mean loss there, the best model is the one returned, and
+    `patience` records without a better one end the run.
+
+    Ctrl-C ends the run after the step it is in, with what was learned; a second one at once.
+    Errors: `NumericsError` when a loss or gradient was not finite, naming the step and the
+    Parameter; steps after it have changed nothing by it.
+    """
+    if steps < 0 or every < 1 or accumulate < 1 or shards < 1:
+        raise MiniloraError(
+            f"fit: expected steps >= 0 and every, accumulate, shards >= 1; "
+            f"found {steps}, {every}, {accumulate}, {shards}"
+        )
+    order = Order(len(train), batch, seed)
+    model, base_lr = optimizer.model, float(optimizer.control[0])
+    xp = xp_of(optimizer.control)
+    result = Fit(model)
+    best, best_loss, waited = None, math.inf, 0
+    total, items = xp.zeros(()), 0
+
+    def record(step: int, lr: float) -> dict[str, float]:
+        bad = optimizer.first_bad()
+        mean = float(total) / max(1, items)
+        if bad is not None or not math.isfinite(mean):
+            when, where = bad or (step, "the loss")
+            raise NumericsError(
+                f"step {when}: the gradient of {where} is not finite"
+                if bad
+                else f"by step {step}: the loss is {mean}, expected a finite number"
+            )
+        entry = {"step": step, "loss": mean, "lr": lr, "norm": optimizer.norm()}
+        if validation is not None:
+            entry["val"] = evaluate(model, loss, validation, batch=max(batch, 64))
+        return entry
+
+    bar = progress(total=steps, label=label)
+    with Shards(optimizer.flat, shards) as workers, interruptible() as interrupted:
+        for step in range(steps):
+            lr = base_lr * schedule(step)
+            optimizer.set_lr(lr)
+            scored = 0
+            for micro, rows in enumerate(np.array_split(order.rows(step), accumulate)):
+                value, n = workers.add(model, loss, train, rows, (seed, step, micro))
+                total, scored = total + value, scored + n
+            optimizer.step(divide_by=max(1, scored), clip=clip)
+            items += scored
+            result.steps = step + 1
+            bar.update(1)
+            stop = bool(interrupted)
+            if result.steps % every == 0 or result.steps == steps or stop:
+                entry = record(result.steps, lr)
+                result.history.append(entry)
+                bar.set_postfix_str(f"loss {entry.get('val', entry['loss']):.4f}")
+                total, items = xp.zeros(()), 0
+                if validation is not None:
+                    if entry["val"] < best_loss:
+                        best_loss, waited, result.best_step = entry["val"], 0, result.steps
+                        best = optimizer.flat.data.copy()
+                    else:
+                        waited += 1
+                    if patience is not None and waited >= patience:
+                        result.stopped = "early"
+                        break
+            if stop:
+                result.stopped = "interrupted"
+                break
+    bar.close()
+    optimizer.set_lr(base_lr)
+    if best is not None:
+        optimizer.flat.data[...] = best
+    return result
+
+
+def evaluate(model: Any, loss: Loss, data: Data, batch: int = 256) -> float:
+    """The mean loss per scored item, on a frozen model: no graph is built."""
+    model = freeze(model)
+    device = device_of(next(iter(tensors(model).values())).data)
+    total, items = 0.0, 0
+    for rows in data.in_order(batch):
+        arrays, scored = data.take(rows, device)
+        if scored:
+            total, items = total + loss(model, arrays, None).data, items + scored
+    return float(total) / items
+
+
+@contextmanager
+def interruptible() -> Iterator[list]:
+    """Inside, the first Ctrl-C fills the list given and does no more; the second raises.
+
+    Outside the main thread signals cannot be caught, and nothing changes.
+    """
+    pressed: list[float] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def press(number: int, frame: Any) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(time.monotonic())
+
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
