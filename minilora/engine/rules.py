@@ -1,7 +1,7 @@
 """One rule, many speeds: the readable rule is the specification, faster ones stand beside it."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
@@ -38,26 +38,34 @@ class Rule:
         self.__doc__ = specification.__doc__
         self.__module__ = specification.__module__
         self.__wrapped__ = specification
-        parameters = inspect.signature(specification).parameters
-        self.told_wants = "wants" in parameters
+        self.told_wants = {specification} if declares_wants(specification) else set()
 
     def on(self, library: str) -> Callable[[Callable], Callable]:
         """Register a faster rule for the arrays of `library` ("numpy" or "cupy")."""
 
         def register(rule: Callable) -> Callable:
             self.fast[library] = rule
+            if declares_wants(rule):
+                self.told_wants.add(rule)
             return rule
 
         return register
 
-    def run(self, xp: ModuleType, arguments: tuple, options: dict) -> Any:
-        """The value of the rule that applies: the fast one, or the specification."""
+    def run(self, xp: ModuleType, arguments: Sequence, options: dict, wants: tuple = ()) -> Any:
+        """The value of the rule that applies: the fast one, or the specification.
+
+        `wants` says which arguments want a gradient, to a rule that declares it.
+        """
         fast = self.fast.get(xp.__name__)
-        if fast is not None and not _only_reference.get():
-            value = fast(xp, *arguments, **options)
+        rules = (self.specification,) if fast is None or _only_reference.get() else (
+            fast, self.specification
+        )  # fmt: skip
+        for rule in rules:
+            told = {"wants": wants} if rule in self.told_wants else {}
+            value = rule(xp, *arguments, **options, **told)
             if value is not NotImplemented:
                 return value
-        return self.specification(xp, *arguments, **options)
+        raise MiniloraError(f"{self.__name__}: no rule takes these arguments")
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         return self.run(common_library(self.__name__, arguments, options), arguments, options)
@@ -66,12 +74,16 @@ class Rule:
         return f"<rule {self.__name__}, fast on: {', '.join(self.fast) or 'none'}>"
 
 
+def declares_wants(rule: Callable) -> bool:
+    return "wants" in inspect.signature(rule).parameters
+
+
 def rule(specification: Callable) -> Rule:
     """Turn `f(xp, *arrays, **options)` into a function whose arrays pick the library."""
     return Rule(specification)
 
 
-def common_library(name: str, arguments: tuple, options: dict) -> ModuleType:
+def common_library(name: str, arguments: Sequence, options: dict) -> ModuleType:
     """The one library of all arrays given.  Errors: none given, or two libraries."""
     found = None
     for value in (*arguments, *options.values()):

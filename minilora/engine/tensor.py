@@ -220,15 +220,13 @@ class Op(Rule):
             if isinstance(value, Tensor):
                 raise MiniloraError(f"{self.__name__}: {name} takes no Tensor; pass .data")
         xp = common_library(self.__name__, arrays, options)
-        if self.told_wants:
-            options["wants"] = tuple(parent is not None for parent in parents)
-        value, pullbacks = self.run(xp, arrays, options)
+        wants = tuple(parent is not None for parent in parents)
+        value, pullbacks = self.run(xp, arrays, options, wants)
 
         if pullbacks is None:  # a rule that was told that nothing wants a gradient
             edges = ()
         elif isinstance(pullbacks, together):
             kept = tuple(parent for parent in parents if parent is not None)
-            wants = tuple(parent is not None for parent in parents)
             edges = ((kept, shared(pullbacks.pullback, wants)),) if kept else ()
         else:
             edges = tuple(

@@ -12,13 +12,15 @@ import io
 import itertools
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from ..engine.errors import CheckpointError
 
-Content = bytes | Iterable[bytes | memoryview]  # a chunk: any C-contiguous buffer
+Content = bytes | Iterable[Any]  # or the C-contiguous buffers that make it up, in order
 
 
 class Disk:
@@ -38,7 +40,8 @@ class Disk:
 
     def exchange(self, a: Path, b: Path) -> None:
         """Swap two names in one step.  OSError(ENOSYS) where the system has no such call."""
-        swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+        swap = getattr(libc, "renameat2", None)
         if swap is None:
             raise OSError(errno.ENOSYS, "no renameat2")
         here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of <linux/fs.h>
@@ -138,7 +141,9 @@ def _replace(path: Path, build: Callable[[Path], None], put: Callable[[Path, Pat
         disk.fsync_dir(path.parent)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise CheckpointError(f"{path}: saved, but may not survive a power cut ({reason})") from error
+        raise CheckpointError(
+            f"{path}: saved, but may not survive a power cut ({reason})"
+        ) from error
     _remove(temp)  # the old directory, if two were swapped: gone only once the new one is synced
 
 

@@ -109,6 +109,18 @@ class GatedMLP:
         return self.down(swiglu(self.gate(x, rng), self.up(x, rng)), rng)
 
 
+@module
+class Net:
+    """Linears with a GELU between each two: the plainest network that is not linear."""
+
+    layers: tuple[LinearLike, ...]
+
+    def __call__(self, x: Any, rng: Rng | None = None) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = gelu(layer(x, rng))
+        return self.layers[-1](x, rng)
+
+
 def init_linear(d_in: int, d_out: int, rng: Rng, *, std: float, bias: bool) -> Linear:
     """A trainable Linear: weights N(0, std²), bias zero."""
     weight = rng.standard_normal((d_out, d_in), dtype=np.float32) * np.float32(std)

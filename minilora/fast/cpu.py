@@ -1,0 +1,405 @@
+"""The same ops for NumPy arrays, in blocks that fit a cache and with fewer passes over memory.
+
+Each rule here is proven equal to its specification by `tests/test_ops.py`.  Scratch that is
+used inside one call is kept per thread; what a pullback keeps is always a new array.
+"""
+
+import math
+import threading
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+
+from ..engine.attention import attention, by_head, rope
+from ..engine.errors import NumericsError
+from ..engine.fused import (
+    GELU_CUBE,
+    GELU_SCALE,
+    embedding,
+    gelu,
+    layer_norm,
+    lora_linear,
+    rms_norm,
+    rows,
+)
+from ..engine.loss import head_cross_entropy
+from ..engine.tensor import swap, together
+from ..optim.adamw import adamw_update
+from ..optim.flat import BAD_CALL, BAD_INDEX, CALLS, FACTOR, LR, NORM, STEP, measure
+
+BLOCK = 1 << 15  # entries of a block: 128 KiB of float32, a handful of them fit a level-2 cache
+
+
+class Arena(threading.local):
+    """One growing buffer per thread, name and dtype."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple, np.ndarray] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """An array with unspecified content, valid until the same name is taken again."""
+        size = math.prod(shape)
+        held = self.buffers.get((name, dtype))
+        if held is None or held.size < size:
+            held = self.buffers[name, dtype] = np.empty(size, dtype)
+        return held[:size].reshape(shape)
+
+
+arena = Arena()
+
+
+def blocks(size: int, block: int = BLOCK) -> Iterator[slice]:
+    return (slice(start, start + block) for start in range(0, size, block))
+
+
+def real(*arrays: np.ndarray | None) -> bool:
+    """Are these float arrays of one dtype?  The rules here take nothing else."""
+    kinds = {a.dtype for a in arrays if a is not None}
+    return len(kinds) == 1 and kinds.pop().kind == "f"
+
+
+@gelu.on("numpy")
+def _(xp, x, *, wants):
+    """Keeps the derivative, of which the way back is one product."""
+    if not real(x):
+        return NotImplemented
+    y = np.empty(x.shape, x.dtype)
+    slope = np.empty(x.shape, x.dtype) if wants[0] else None
+    flat_x, flat_y = x.ravel(), y.reshape(-1)
+    flat_slope = None if slope is None else slope.reshape(-1)
+    for part in blocks(x.size):
+        a, b = flat_x[part], flat_y[part]
+        square = arena.take("gelu square", a.shape, a.dtype)
+        t = arena.take("gelu tanh", a.shape, a.dtype)
+        np.multiply(a, a, out=square)
+        np.multiply(square, GELU_SCALE * GELU_CUBE, out=t)
+        t += GELU_SCALE
+        t *= a
+        np.tanh(t, out=t)  # t = tanh(√(2/π) (x + 0.044715 x³))
+        np.multiply(a, 0.5, out=b)  # x/2, for now
+        if flat_slope is not None:
+            s = flat_slope[part]
+            np.multiply(square, 3 * GELU_SCALE * GELU_CUBE, out=square)
+            square += GELU_SCALE
+            square *= b
+            np.multiply(t, t, out=s)
+            np.subtract(1, s, out=s)
+            s *= square  # x/2 (1 - t²) √(2/π) (1 + 3·0.044715 x²)
+        t += 1
+        b *= t
+        if flat_slope is not None:
+            t *= 0.5
+            s += t
+    return y, (lambda g: g * slope,)
+
+
+@lora_linear.on("numpy")
+def _(xp, x, A, B, *, base, scale, wants):
+    """One product with W0 + s B A, written into scratch here and again on the way back."""
+    shape, (d_out, d_in) = x.shape, base.shape
+    x = rows(x)
+    if not real(x, A, B) or len(x) < 64 or shape[-1] != d_in:
+        return NotImplemented
+    if A.shape != (B.shape[1], d_in) or B.shape[0] != d_out:
+        return NotImplemented  # the specification says what is wrong
+
+    def updated():
+        W = base.dense(arena.take("lora weight", (d_out, d_in), x_dtype))
+        if B.any():  # W + 0 is W, but -0 + 0 is not -0
+            change = np.matmul(B * scale, A, out=arena.take("lora change", W.shape, x_dtype))
+            W += change
+        return W
+
+    x_dtype = x.dtype
+    y = x @ updated().T
+    if base.bias is not None:
+        y += base.bias.data
+    u = x @ A.T if wants[2] else None  # (n, r)
+    kept_x = x if wants[1] else None
+
+    def pullback(g, wants):
+        g = rows(g)
+        return (
+            (g @ updated()).reshape(shape) if wants[0] else None,
+            ((g @ B) * scale).T @ kept_x if wants[1] else None,
+            (g.T @ u) * scale if wants[2] else None,
+        )
+
+    return y.reshape(*shape[:-1], d_out), together(pullback)
+
+
+@layer_norm.on("numpy")
+def _(xp, x, weight, bias, *, eps):
+    if not real(x, weight, bias):
+        return NotImplemented
+    return normalized(x, weight, bias, eps, centered=True)
+
+
+@rms_norm.on("numpy")
+def _(xp, x, weight, *, eps):
+    if not real(x, weight):
+        return NotImplemented
+    return normalized(x, weight, None, eps, centered=False)
+
+
+def normalized(x, weight, bias, eps, centered):
+    """Both norms, a few rows at a time; keeps n and 1/√."""
+    C = x.shape[-1]
+    if x.size == 0:
+        return NotImplemented
+    flat = rows(x)
+    n, y = np.empty(flat.shape, x.dtype), np.empty(flat.shape, x.dtype)
+    inverse = np.empty((len(flat), 1), x.dtype)
+    average = np.full(C, 1 / C, x.dtype)
+    step = max(1, BLOCK // C)
+    for part in blocks(len(flat), step):
+        if centered:
+            np.subtract(flat[part], (flat[part] @ average)[:, None], out=n[part])
+        else:
+            n[part] = flat[part]
+        square = np.vecdot(n[part], n[part])
+        square /= C
+        if not np.isfinite(square).all() or ((square > 0).any() and square.max() < 1e-30):
+            return NotImplemented  # squares out of range: the specification takes more care
+        np.sqrt(square + x.dtype.type(eps), out=square)
+        np.divide(1, square, out=inverse[part, 0])
+        n[part] *= inverse[part]
+        np.multiply(n[part], weight, out=y[part])
+        if bias is not None:
+            y[part] += bias
+    shape = x.shape
+
+    def pullback(g, wants):
+        g = rows(g)
+        dx = np.empty(g.shape, g.dtype) if wants[0] else None
+        dweight = np.zeros_like(weight) if wants[1] else None
+        for part in blocks(len(g), step):
+            if wants[1]:
+                dweight += (g[part] * n[part]).sum(axis=0)
+            if wants[0]:
+                h = np.multiply(g[part], weight, out=dx[part])
+                along = np.vecdot(h, n[part])[:, None] / C
+                if centered:
+                    h -= (h @ average)[:, None]
+                h -= n[part] * along
+                h *= inverse[part]
+        dx = None if dx is None else dx.reshape(shape)
+        if bias is None:
+            return dx, dweight
+        return dx, dweight, g.sum(axis=0) if wants[2] else None
+
+    return y.reshape(shape), together(pullback)
+
+
+@embedding.on("numpy")
+def _(xp, table, *, ids):
+    """A loop over rows on the way back: no sort, and each row is added in one stroke."""
+    V, C = table.shape
+    if ids.dtype.kind not in "iu":
+        return NotImplemented
+    if ids.size and not (ids.min() >= 0 and ids.max() < V):
+        bad = ids[(ids < 0) | (ids >= V)].flat[0]
+        raise NumericsError(f"embedding: expected ids in 0..{V - 1}, found {bad}")
+
+    def pullback(g):
+        dtable = np.zeros((V, C), g.dtype)
+        for i, row in zip(ids.ravel().tolist(), g.reshape(-1, C), strict=True):
+            dtable[i] += row
+        return dtable
+
+    return table[ids], (pullback,)
+
+
+@attention.on("numpy")
+def _(xp, q, k, v, *, positions=None, tile=64, wants):
+    """A few sequences at a time, so that a tile of scores for all heads stays in the cache."""
+    if positions is not None or not real(q, k, v) or q.size == 0:
+        return NotImplemented
+    N, T, H, D = q.shape
+    K = k.shape[2]
+    if k.shape != v.shape or k.shape != (N, T, K, D) or H % K:
+        return NotImplemented  # the specification says what is wrong
+    scale = 1 / math.sqrt(D)
+    dtype = q.dtype
+    out = np.empty((N, T, H, D), dtype)
+    lse = np.empty((N, K, H // K, T, 1), dtype) if any(wants) else None
+    q_, k_, v_, out_ = (by_head(a, K) for a in (q, k, v, out))
+    above = np.triu(np.full((tile, tile), -np.inf, dtype), 1)
+    together_ = max(1, 4 * BLOCK // (H * min(T, tile) * T))
+    tiles = [
+        (slice(n, min(n + together_, N)), slice(t, min(t + tile, T)), slice(0, min(t + tile, T)))
+        for n in range(0, N, together_)
+        for t in range(0, T, tile)
+    ]
+
+    def scores(n, mine, seen):
+        """q kᵀ / √D of one tile, -inf above the diagonal."""
+        queries = q_[n, ..., mine, :]
+        scaled = np.multiply(queries, scale, out=arena.take("queries", queries.shape, dtype))
+        s = arena.take("scores", (*queries.shape[:-1], seen.stop), dtype)
+        np.matmul(scaled, swap(k_[n, ..., seen, :]), out=s)
+        s[..., mine] += above[: queries.shape[-2], : queries.shape[-2]]
+        return s
+
+    for n, mine, seen in tiles:
+        s = scores(n, mine, seen)
+        top = s.max(axis=-1, keepdims=True)
+        s -= top
+        np.exp(s, out=s)
+        total = s.sum(axis=-1, keepdims=True)
+        part = out_[n, ..., mine, :]
+        np.matmul(s, v_[n, ..., seen, :], out=part)
+        part /= total
+        if lse is not None:
+            np.log(total, out=total)
+            np.add(top, total, out=lse[n, ..., mine, :])
+
+    def pullback(g, wants):
+        dq, dk, dv = np.empty(q.shape, dtype), np.zeros(k.shape, dtype), np.zeros(v.shape, dtype)
+        g_, dq_, dk_, dv_ = (by_head(a, K) for a in (g, dq, dk, dv))
+        for n, mine, seen in tiles:
+            s = scores(n, mine, seen)
+            mine, seen = (n, ..., mine, slice(None)), (n, ..., seen, slice(None))
+            s -= lse[mine]
+            np.exp(s, out=s)  # P
+            add_heads(dv_[seen], swap(s), g_[mine])
+            ds = np.matmul(g_[mine], swap(v_[seen]), out=arena.take("ds", s.shape, dtype))
+            ds -= np.vecdot(g_[mine], out_[mine])[..., None]
+            ds *= s
+            ds *= scale
+            np.matmul(ds, k_[seen], out=dq_[mine])
+            add_heads(dk_[seen], swap(ds), q_[mine])
+        return dq, dk, dv
+
+    return out, together(pullback)
+
+
+def add_heads(into, a, b):
+    """into (n, K, 1, S, D) += Σ over a key head's query heads of a (n, K, G, S, t) @ b."""
+    product = np.matmul(a, b, out=arena.take("heads", (*a.shape[:-1], b.shape[-1]), b.dtype))
+    into += product if product.shape[2] == 1 else product.sum(axis=2, keepdims=True)
+
+
+@rope.on("numpy")
+def _(xp, x, *, theta, positions=None):
+    """Whole rows at once: y = x cos + swap(x) sin, where swap exchanges the halves of a head."""
+    T, D = x.shape[1], x.shape[3]
+    if positions is not None or not real(x) or D % 2:
+        return NotImplemented
+    cos, sin = turns(T, D, theta, x.dtype)
+
+    def rotate(x, sin):
+        half = D // 2
+        y = np.empty(x.shape, x.dtype)
+        y[..., :half], y[..., half:] = x[..., half:], x[..., :half]
+        y *= sin
+        turned = np.multiply(x, cos, out=arena.take("rope", x.shape, x.dtype))
+        y += turned
+        return y
+
+    return rotate(x, sin), (lambda g: rotate(g, -sin),)
+
+
+@lru_cache(maxsize=16)
+def turns(T, D, theta, dtype):
+    """cos and signed sin of every (position, channel): two (T, 1, D) arrays."""
+    angle = np.arange(T)[:, None] * theta ** (np.arange(D // 2) * (-2 / D))
+    cos, sin = np.cos(angle), np.sin(angle)
+    return (
+        np.concatenate([cos, cos], axis=-1).astype(dtype)[:, None],
+        np.concatenate([-sin, sin], axis=-1).astype(dtype)[:, None],
+    )
+
+
+@head_cross_entropy.on("numpy")
+def _(xp, x, W, *, targets, ignore_index=-100, chunk=256, wants):
+    """Only the tokens that are scored meet the head; logits live in one chunk of scratch."""
+    V, C = W.shape
+    if not real(x, W) or x.shape[-1] != C or targets.shape != x.shape[:-1]:
+        return NotImplemented
+    if targets.dtype.kind not in "iu":
+        return NotImplemented
+    shape = x.shape
+    targets = targets.reshape(-1)
+    token = np.flatnonzero(targets != ignore_index)
+    targets = targets[token]
+    if len(token) and not (targets.min() >= 0 and targets.max() < V):
+        bad = targets[(targets < 0) | (targets >= V)][0]
+        raise NumericsError(f"targets: expected 0..{V - 1} or {ignore_index}, found {bad}")
+    everything = len(token) == math.prod(shape[:-1])
+    x = rows(x) if everything else rows(x)[token]
+    total = np.zeros((), x.dtype)
+    dx = np.empty(x.shape, x.dtype) if wants[0] else None
+    dW = np.zeros(W.shape, W.dtype) if wants[1] else None
+    for part in blocks(len(token), chunk):
+        n = len(targets[part])
+        z = np.matmul(x[part], W.T, out=arena.take("logits", (n, V), x.dtype))
+        top = z.max(axis=-1, keepdims=True)
+        z -= top
+        mine = (np.arange(n), targets[part])
+        of_target = z[mine]
+        np.exp(z, out=z)
+        norm = z.sum(axis=-1, keepdims=True)
+        total = total + (np.log(norm[:, 0]) - of_target).sum()
+        if wants[0] or wants[1]:
+            z /= norm
+            z[mine] -= 1
+        if wants[0]:
+            np.matmul(z, W, out=dx[part])
+        if wants[1]:
+            dW += z.T @ x[part]
+
+    def pullback(g, wants):
+        whole = None
+        if wants[0]:
+            whole = g * dx
+            if not everything:
+                compact, whole = whole, np.zeros((math.prod(shape[:-1]), C), dx.dtype)
+                whole[token] = compact
+            whole = whole.reshape(shape)
+        return whole, g * dW if wants[1] else None
+
+    return total, together(pullback)
+
+
+@measure.on("numpy")
+def _(xp, grad, control, *, divide_by, clip):
+    squares = 0.0
+    for part in blocks(grad.size):
+        squares += float(np.square(grad[part], dtype=np.float64).sum())
+    norm = math.sqrt(squares) / divide_by
+    control[CALLS] += 1
+    control[NORM] = norm
+    control[FACTOR] = (1.0 if clip is None else min(1.0, clip / max(norm, 1e-300))) / divide_by
+    if not math.isfinite(norm) and control[BAD_CALL] == 0:
+        control[BAD_CALL] = control[CALLS]
+        control[BAD_INDEX] = (~np.isfinite(grad)).argmax()
+
+
+@adamw_update.on("numpy")
+def _(xp, p, g, m, v, control, *, betas, eps, decay):
+    if not math.isfinite(control[NORM]):
+        return
+    b1, b2 = betas
+    lr, t = float(control[LR]), float(control[STEP]) + 1
+    kind = p.dtype.type
+    rate, factor = kind(lr / (1 - b1**t)), kind(control[FACTOR])
+    root, shrink = kind(math.sqrt(1 - b2**t)), kind(1 - lr * decay)
+    for part in blocks(p.size):
+        a = np.multiply(g[part], factor, out=arena.take("adam a", g[part].shape, p.dtype))
+        b = arena.take("adam b", a.shape, p.dtype)
+        m_, v_, p_ = m[part], v[part], p[part]
+        m_ *= b1
+        m_ += np.multiply(a, 1 - b1, out=b)
+        np.multiply(a, a, out=a)
+        a *= 1 - b2
+        v_ *= b2
+        v_ += a
+        np.sqrt(v_, out=a)
+        a /= root
+        a += eps
+        np.divide(m_, a, out=a)
+        a *= rate
+        p_ *= shrink
+        p_ -= a
