@@ -81,7 +81,7 @@ def replace_file(path: str | os.PathLike, content: Content) -> None:
 
     Errors: `CheckpointError` naming `path`, with the old content in place and nothing left
     beside it; if only the last sync failed, the new file stands and the message says so.
-    What `content` itself raises passes through, and the old content stays.
+    What `content` itself raises (other than OSError) passes through; the old content stays.
     Leftovers `.name.tmp-*` of killed processes are cleared; writers of one directory must
     therefore see one another's process numbers (one machine, one container).
     """
@@ -120,14 +120,16 @@ def replace_directory(path: str | os.PathLike, files: Mapping[str, Content]) -> 
     _replace(path, build, _swap)
 
 
-def _replace(path: Path, build: Callable[[Path], None], put: Callable[[Path, Path], None]) -> None:
-    """`build` a new thing aside, `put` it in place, sync, and clear what it displaced."""
+def _replace(
+    path: Path, build: Callable[[Path], None], put: Callable[[Path, Path], Path | None]
+) -> None:
+    """`build` a new thing aside, `put` it in place, sync; then remove what `put` displaced."""
     temp = _beside(path, "tmp")
-    _in_progress.add(temp)
     try:
-        _clear_leftovers(path)
+        _clear_leftovers(path)  # before `temp` counts as ours: a dead process may have left it
+        _in_progress.add(temp)
         build(temp)
-        put(temp, path)
+        displaced = put(temp, path)
     except OSError as error:
         _remove(temp)
         reason = error.strerror or str(error)
@@ -144,7 +146,8 @@ def _replace(path: Path, build: Callable[[Path], None], put: Callable[[Path, Pat
         raise CheckpointError(
             f"{path}: saved, but may not survive a power cut ({reason})"
         ) from error
-    _remove(temp)  # the old directory, if two were swapped: gone only once the new one is synced
+    if displaced is not None:  # the old one is kept until the new one is certain to stay
+        _remove(displaced)
 
 
 def _write(path: Path, content: Content) -> None:
@@ -161,17 +164,17 @@ def _write(path: Path, content: Content) -> None:
         disk.fsync(file)
 
 
-def _swap(temp: Path, path: Path) -> None:
-    """The directory `temp` is now called `path`; what `path` was, if anything, `temp`."""
+def _swap(temp: Path, path: Path) -> Path | None:
+    """The directory `temp` becomes `path`; returns where the one that was `path` is now."""
     try:
         disk.rename(temp, path)
-        return
+        return None
     except OSError:
         if not path.is_dir():  # refused for another reason than an older save in its place
             raise
     try:
         disk.exchange(temp, path)
-        return
+        return temp
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
             raise
@@ -182,8 +185,7 @@ def _swap(temp: Path, path: Path) -> None:
     except BaseException:
         disk.rename(old, path)
         raise
-    with suppress(OSError):  # the new directory stands; a leftover is cleared by the next save
-        disk.rename(old, temp)
+    return old
 
 
 def _expect_former_save(path: Path, files: Mapping[str, Content]) -> None:

@@ -8,11 +8,33 @@ import numpy as np
 
 from ..engine.backend import to_device, xp_of
 from ..engine.errors import AdapterError
-from ..engine.fused import dropout, linear, lora_linear
-from ..engine.tensor import Parameter, Tensor
-from ..model.layers import Linear, LinearLike, Rng, is_linear
+from ..engine.fused import dropout, embedding, linear, lora_linear
+from ..engine.tensor import Parameter, Tensor, transpose
+from ..model.layers import Embedding, Linear, LinearLike, Rng, is_linear
 from ..model.module import count, freeze, module, parameters, rebuild, walk
 from ..model.targets import ALL_LINEAR, matches, select
+
+
+def expect_factors(node: Any, d_out: int, d_in: int) -> None:
+    """What an adapter around a frozen (d_out, d_in) must satisfy.  Errors: `AdapterError`."""
+    name, A, B = type(node).__name__, node.A, node.B
+    if parameters(node.base):
+        raise AdapterError(f"{name}: expected a frozen base, found a Parameter in it")
+    r = A.shape[0]
+    if A.shape != (r, d_in) or B.shape != (d_out, r) or r < 1:
+        raise AdapterError(
+            f"{name}: expected A (r, {d_in}) and B ({d_out}, r), found {A.shape} and {B.shape}"
+        )
+    if not math.isfinite(node.alpha) or not 0 <= node.dropout < 1:
+        raise AdapterError(
+            f"{name}: expected a finite alpha and 0 <= dropout < 1, "
+            f"found alpha {node.alpha}, dropout {node.dropout}"
+        )
+
+
+def scale_of(rank: int, alpha: float, rank_stabilized: bool) -> float:
+    """s = alpha / r, or alpha / √r"""
+    return alpha / (math.sqrt(rank) if rank_stabilized else rank)
 
 
 @module
@@ -33,20 +55,7 @@ class LoRALinear:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        d_out, d_in = self.base.shape
-        if parameters(self.base):
-            raise AdapterError("LoRALinear: expected a frozen base, found a Parameter in it")
-        r = self.A.shape[0]
-        if self.A.shape != (r, d_in) or self.B.shape != (d_out, r) or r < 1:
-            raise AdapterError(
-                f"LoRALinear: expected A (r, {d_in}) and B ({d_out}, r), "
-                f"found {self.A.shape} and {self.B.shape}"
-            )
-        if not math.isfinite(self.alpha) or not 0 <= self.dropout < 1:
-            raise AdapterError(
-                f"LoRALinear: expected a finite alpha and 0 <= dropout < 1, "
-                f"found alpha {self.alpha}, dropout {self.dropout}"
-            )
+        expect_factors(self, *self.base.shape)
 
     @property
     def rank(self) -> int:
@@ -56,7 +65,7 @@ class LoRALinear:
     @property
     def scale(self) -> float:
         """s = alpha / r, or alpha / √r"""
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+        return scale_of(self.rank, self.alpha, self.rank_stabilized)
 
     def __call__(self, x: Tensor, rng: Rng | None = None) -> Tensor:
         if self.dropout and rng is not None:
@@ -67,6 +76,64 @@ class LoRALinear:
     def delta(self) -> Any:
         """ΔW = s B A, an array (d_out, d_in)."""
         return self.scale * (self.B.data @ self.A.data)
+
+    def merged(self) -> Linear:
+        """A plain Linear with W = W0 + s B A, and arrays of its own."""
+        bias = self.base.bias
+        weight = Tensor(self.base.dense() + self.delta())
+        return Linear(weight, None if bias is None else Tensor(bias.data.copy()))
+
+
+@module
+class LoRAEmbedding:
+    """y = W0[id] + s (Aᵀ[id]) Bᵀ: a table of V rows, changed by one of rank r.
+
+    Here A (r, V) starts zero and B (C, r) normal, so that an id that was never seen keeps
+    its row.  A head tied to the table is not changed by it.  (PEFT's `LoraLayer` for
+    embeddings; loralib before it.)  No dropout: the input is an index.
+    """
+
+    base: Embedding
+    A: Tensor  # (r, V)
+    B: Tensor  # (C, r)
+    alpha: float
+    rank_stabilized: bool = False
+    dropout: float = 0.0  # always 0: it would have nothing to act on
+
+    def __post_init__(self) -> None:
+        V, C = self.base.weight.shape
+        expect_factors(self, C, V)
+        if self.dropout:
+            raise AdapterError(f"LoRAEmbedding: expected no dropout, found {self.dropout}")
+
+    @property
+    def rank(self) -> int:
+        """r"""
+        return self.A.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """s = alpha / r, or alpha / √r"""
+        return scale_of(self.rank, self.alpha, self.rank_stabilized)
+
+    def __call__(self, ids: Any, rng: Rng | None = None) -> Tensor:
+        return self.base(ids) + linear(embedding(transpose(self.A), ids=ids), self.B) * self.scale
+
+    def delta(self) -> Any:
+        """ΔW = s (B A)ᵀ, an array (V, C)."""
+        return self.scale * (self.B.data @ self.A.data).T
+
+    def merged(self) -> Embedding:
+        """A plain Embedding with its own table, W0 + s (B A)ᵀ."""
+        return Embedding(Tensor(self.base.weight.data + self.delta()))
+
+
+def is_adapter(node: Any) -> bool:
+    return isinstance(node, (LoRALinear, LoRAEmbedding))
+
+
+def is_adaptable(node: Any) -> bool:
+    return is_linear(node) or isinstance(node, Embedding)
 
 
 def adapt(
@@ -80,20 +147,28 @@ def adapt(
     rank_stabilized: bool = False,
     dropout: float = 0.0,
     init: str = "kaiming",
+    modules_to_save: None = None,
 ) -> Any:
-    """A new tree: the model frozen, with a LoRALinear around each linear that is targeted.
+    """A new tree: the model frozen, with an adapter around each linear or embedding targeted.
 
-    `targets` as in `select`; `rank_pattern` maps targets to ranks that differ from `rank`.
+    `targets` as in `select` ("all-linear" leaves out embeddings and the output head);
+    `rank_pattern` maps targets to ranks that differ from `rank`.
     `init` of A: "kaiming", uniform in ±1/√d_in (PEFT's default), or "gaussian", N(0, 1/r²)
-    (PEFT's "gaussian").  B is zero.
+    (PEFT's "gaussian").  B is zero.  For an embedding, A is zero and B N(0, 1).
     Errors: `AdapterError` for a rank below 1, an unknown init, a pattern that matches no
-    target, or a model that is adapted already.
+    target, or a model that is adapted already; and for PEFT's `modules_to_save`.
     """
-    if any(isinstance(node, LoRALinear) for _, node in walk(model)):
+    if modules_to_save is not None:
+        raise AdapterError(
+            "modules_to_save: not taken, because an adapter would then carry whole weights and "
+            "no longer merge as W0 + s B A; thaw them with unfreeze(adapted, where=...) and save "
+            "the model"
+        )
+    if any(is_adapter(node) for _, node in walk(model)):
         raise AdapterError("adapt: expected a plain model, found one with adapters; merge it first")
     if init not in ("kaiming", "gaussian"):
         raise AdapterError(f'init: expected "kaiming" or "gaussian", found {init!r}')
-    chosen = select(model, targets, is_linear)
+    chosen = select(model, targets, is_adaptable)
     ranks = dict.fromkeys(chosen, rank)
     for target, r in (rank_pattern or {}).items():
         hit = [path for path in chosen if matches(path, target)]
@@ -107,31 +182,43 @@ def adapt(
     def wrap(path: str, node: Any) -> Any:
         if path not in ranks:
             return node
-        r, (d_out, d_in), weight = ranks[path], node.shape, node.dense()
-        if init == "kaiming":
-            A = rng.uniform(-1 / math.sqrt(d_in), 1 / math.sqrt(d_in), (r, d_in))
+        r = ranks[path]
+        if isinstance(node, Embedding):
+            (V, C), weight = node.weight.shape, node.weight.data
+            kind, A, B = LoRAEmbedding, np.zeros((r, V)), rng.standard_normal((C, r))
         else:
-            A = rng.standard_normal((r, d_in)) / r
+            (d_out, d_in), weight = node.shape, node.dense()
+            if init == "kaiming":
+                A = rng.uniform(-1 / math.sqrt(d_in), 1 / math.sqrt(d_in), (r, d_in))
+            else:
+                A = rng.standard_normal((r, d_in)) / r
+            kind, B = LoRALinear, np.zeros((d_out, r))
         device = "cpu" if xp_of(weight) is np else "cuda"
-        A = Parameter(to_device(A.astype(weight.dtype), device))
-        B = Parameter(to_device(np.zeros((d_out, r), weight.dtype), device))
-        return LoRALinear(node, A, B, float(alpha), rank_stabilized, dropout)
+        A, B = (Parameter(to_device(f.astype(weight.dtype), device)) for f in (A, B))
+        rate = 0.0 if kind is LoRAEmbedding else dropout
+        return kind(node, A, B, float(alpha), rank_stabilized, rate)
 
     return rebuild(freeze(model), wrap)
 
 
-def merge(adapted: Any) -> Any:
+def merge(adapted: Any, retie: bool = False) -> Any:
     """A new plain model, W = W0 + s B A, with arrays of its own; `adapted` is left as it is.
 
-    There is no unmerge: nothing was overwritten.
+    A head tied to an adapted embedding keeps the old table, as it had it in training; with
+    `retie` it takes the merged one, which is another function.  There is no unmerge:
+    nothing was overwritten.
     """
+    merged_tables: dict[int, Tensor] = {}
 
     def fold(path: str, node: Any) -> Any:
-        if isinstance(node, LoRALinear):
-            bias = node.base.bias
-            weight = Tensor(node.base.dense() + node.delta())
-            return Linear(weight, None if bias is None else Tensor(bias.data.copy()))
-        return Tensor(node.data.copy()) if isinstance(node, Tensor) else node
+        if is_adapter(node):
+            plain = node.merged()
+            if retie and isinstance(node, LoRAEmbedding):
+                merged_tables[id(node.base.weight)] = plain.weight
+            return plain
+        if isinstance(node, Tensor):
+            return merged_tables.get(id(node)) or Tensor(node.data.copy())
+        return node
 
     return rebuild(adapted, fold)
 

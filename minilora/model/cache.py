@@ -31,7 +31,7 @@ class KVCache:
     """
 
     def __init__(self, model: Any, batch: int, length: int):
-        config, weight = model.config, model.embedding.weight.data
+        config, weight = model.config, model.norm.weight.data
         if length > config.context:
             raise MiniloraError(
                 f"cache: expected at most {config.context} positions, found {length}"

@@ -1,4 +1,4 @@
-"""Text from a model, one token at a time."""
+"""Text from a model, one token at a time: the likeliest, or one drawn."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,19 +11,36 @@ from .cache import KVCache
 from .module import freeze
 
 
-def generate(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
-    """Continue each prompt greedily by `new_tokens` tokens; prompts may differ in length.
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop: Sequence[int] = (),
+    seeds: int | Sequence[int] = 0,
+) -> list[list[int]]:
+    """Continue each prompt by up to `new_tokens` tokens; prompts may differ in length.
 
-    Returns the new tokens of each row.  The model is frozen first, so no graph is built;
-    the cache lives only as long as this call.  Ties go to the lower id.
+    Temperature 0 takes the likeliest token (ties go to the lower id); above, one is drawn
+    by `draw`.  A row ends before its first `stop` token, which is not returned.  Each row
+    has a random stream of its own, from its entry in `seeds` (or from (seeds, row)), so
+    that who else is in the batch makes no difference to what is drawn.
+
+    The model is frozen first, so no graph is built; the cache lives as long as this call.
+    Errors: `MiniloraError` for an empty prompt or an option out of range, `NumericsError`
+    for an id outside the vocabulary or logits that are not finite.
     """
     model = freeze(model)
-    weight = model.embedding.weight.data
-    xp = xp_of(weight)
+    xp = xp_of(model.norm.weight.data)
     device = "cpu" if xp is np else "cuda"
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) < 1:
         raise MiniloraError("generate: expected prompts of at least one token each")
+    expect_options(new_tokens, temperature, top_k, top_p)
+    streams = streams_of(seeds, len(lengths))
     ids = np.zeros((len(lengths), max(lengths)), np.int64)  # padded on the right
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = prompt
@@ -34,17 +51,80 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> l
     positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
     last = to_device(np.asarray(lengths) - 1, device)
     rows = xp.arange(len(lengths))
-    made = []
     x = model.hidden(to_device(ids, device), positions=to_device(positions, device), cache=cache)
     x = x[rows, last]  # (N, C)
+    made: list[Any] = []
+    running = np.ones(len(lengths), bool)
     for step in range(new_tokens):
-        logits = model.head(x)
-        token = logits.data.argmax(axis=-1)  # (N,)
+        logits = model.head(x).data  # (N, V)
+        if temperature == 0:
+            token = logits.argmax(axis=-1)
+        else:
+            drawn = [
+                draw(z, stream.random(), temperature, top_k, top_p)
+                for z, stream in zip(to_numpy(logits), streams, strict=True)
+            ]
+            token = to_device(np.asarray(drawn), device)
         made.append(token)
+        if stop:
+            running &= ~np.isin(to_numpy(token), stop)
+            if not running.any():
+                break
         if step + 1 < new_tokens:
             last = last + 1
             x = model.hidden(token[:, None], positions=last[:, None], cache=cache)[:, 0]
-    return to_numpy(xp.stack(made, axis=1)).tolist() if made else [[] for _ in lengths]
+    table = to_numpy(xp.stack(made, axis=1)).tolist() if made else [[] for _ in lengths]
+    return [until(row, stop) for row in table]
+
+
+def draw(
+    logits: np.ndarray, u: float, temperature: float, top_k: int | None, top_p: float | None
+) -> int:
+    """The token at quantile `u` in [0, 1) of softmax(logits / temperature), cut down to a few.
+
+    `top_k` keeps the k likeliest; `top_p` then keeps the fewest of the likeliest whose
+    share reaches p (Holtzman et al. 2020).  Ties go to the lower id.  logits (V,), host.
+    """
+    z = logits.astype(np.float64) / temperature
+    if not np.isfinite(z.max()):
+        raise NumericsError(f"generate: expected finite logits, found a maximum of {z.max()}")
+    p = np.exp(z - z.max())
+    if top_k is not None or top_p is not None:
+        order = np.argsort(-p, kind="stable")
+        keep = len(p) if top_k is None else min(top_k, len(p))
+        if top_p is not None:
+            share = np.cumsum(p[order[:keep]])
+            keep = 1 + int(np.searchsorted(share, top_p * share[-1]))
+        p[order[keep:]] = 0
+    share = np.cumsum(p)
+    return int(np.searchsorted(share, u * share[-1], side="right"))
+
+
+def streams_of(seeds: int | Sequence[int], rows: int) -> list[np.random.Generator]:
+    """One Generator a row: from (seeds, row), or from the row's own entry."""
+    if isinstance(seeds, (int, np.integer)):
+        return [np.random.default_rng([int(seeds), row]) for row in range(rows)]
+    if len(seeds) != rows:
+        raise MiniloraError(f"seeds: expected one for each of {rows} prompts, found {len(seeds)}")
+    return [np.random.default_rng(seed) for seed in seeds]
+
+
+def until(row: list[int], stop: Sequence[int]) -> list[int]:
+    """The tokens before the first that is in `stop`."""
+    return row[: next((i for i, token in enumerate(row) if token in stop), len(row))]
+
+
+def expect_options(
+    new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
+    for name, fits, wanted, value in (
+        ("new_tokens", new_tokens >= 0, "a whole number >= 0", new_tokens),
+        ("temperature", 0 <= temperature < np.inf, "a finite number >= 0", temperature),
+        ("top_k", top_k is None or top_k >= 1, "a whole number >= 1", top_k),
+        ("top_p", top_p is None or 0 < top_p <= 1, "a number in (0, 1]", top_p),
+    ):
+        if not fits:
+            raise MiniloraError(f"{name}: expected {wanted}, found {value}")
 
 
 def expect_ids(name: str, ids: np.ndarray, vocab: int) -> None:

@@ -1,0 +1,131 @@
+"""The command line, thin: parse, call one function, print."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from . import __version__
+from .engine.errors import MiniloraError
+
+OVERVIEW = """\
+minilora {version}: LoRA and QLoRA from scratch in NumPy.
+
+  minilora compare            full fine-tuning against LoRA at several ranks: a table,
+                              a record and two figures, in about two minutes
+  minilora compare --quick    the same in small, in about fifteen seconds
+  minilora compare --task T   another task: {tasks}
+  minilora pretrain dates     make the shipped base of the date task again
+
+Each takes --help.  The README says what to read, and in which order.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Argparse whose complaint is one line, and whose exit code is 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in names(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers, found {text!r}") from None
+
+
+def parser() -> argparse.ArgumentParser:
+    top = Parser(prog="minilora", description="LoRA and QLoRA from scratch in NumPy.")
+    top.add_argument("--version", action="version", version=__version__)
+    commands = top.add_subparsers(dest="command", parser_class=Parser)
+
+    c = commands.add_parser("compare", help="full fine-tuning against LoRA, rank by rank")
+    c.add_argument("--task", default="dates", help="which task (default: dates)")
+    c.add_argument("--methods", type=names, help="comma-separated: full,lora (default: both)")
+    c.add_argument("--ranks", type=whole_numbers, help="comma-separated, e.g. 1,2,4,8")
+    c.add_argument("--seeds", type=int, default=3, help="how many seeds are reported (default: 3)")
+    c.add_argument("--quick", action="store_true", help="one seed, three ranks, half the steps")
+    c.add_argument("--out", type=Path, default=Path("figures"), help="folder for what it writes")
+    c.add_argument("--json", action="store_true", help="print the record instead of the table")
+    c.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
+    c.set_defaults(run=run_compare)
+
+    p = commands.add_parser("pretrain", help="make a shipped base again")
+    p.add_argument("base", help="which base: dates")
+    p.add_argument("--steps", type=int, help="shorter or longer than the recipe")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", type=Path, help="file to write (default: where the base ships)")
+    p.set_defaults(run=run_pretrain)
+    return top
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    from .files.atomic import replace_file
+    from .lab import compare, figures
+    from .lab.report import report
+
+    config = compare.CompareConfig(
+        task=args.task,
+        methods=args.methods if args.methods is not None else compare.METHODS,
+        ranks=args.ranks,
+        seeds=args.seeds,
+        jobs=args.jobs,
+    )
+    task = compare.get_task(config.task)
+    if args.quick:
+        config = compare.quick(config, task)
+    record = compare.compare(config)
+    text = json.dumps(record, indent=1)
+    print(text if args.json else report(record))
+
+    say: Callable = lambda *words: print(*words, file=sys.stderr if args.json else sys.stdout)  # noqa: E731
+    suffix = "" if config.task == "dates" else f"_{config.task}"
+    suffix += "_quick" if args.quick else ""
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"compare_{config.task}{'_quick' if args.quick else ''}.json"
+    replace_file(path, text.encode() + b"\n")
+    say(f"\nrecord   {path}")
+    try:
+        for draw in (figures.rank_vs_quality, figures.memory):
+            say(f"figure   {draw(record, args.out / f'{draw.__name__}{suffix}.png')}")
+    except MiniloraError as error:
+        say(error)
+    return 0
+
+
+def run_pretrain(args: argparse.Namespace) -> int:
+    import numpy as np
+
+    from .files.trees import DATA, save_tree
+    from .train.pretrain import pretrain
+
+    result, score = pretrain(args.base, steps=args.steps, seed=args.seed)
+    path = args.out or DATA / f"{args.base}.safetensors"
+    save_tree(path, result.model, np.float16)
+    print(f"{args.base}: score {score:.3f} on test data after {result.steps} steps; wrote {path}")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when it did what it says, 2 for bad input, 130 after Ctrl-C."""
+    args = parser().parse_args(arguments)
+    if args.command is None:
+        from .train.tasks import TASKS
+
+        print(OVERVIEW.format(version=__version__, tasks=", ".join(TASKS)), end="")
+        return 0
+    try:
+        return args.run(args)
+    except MiniloraError as error:
+        print(f"minilora {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"minilora {args.command}: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,132 @@
+"""Codes and scales on a CPU: a chunk stays in the cache from its first maximum to its bytes.
+
+Equal to the specification to the bit; `tests/test_blockwise.py` holds that.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+
+from ..quant.blockwise import (
+    block_scales,
+    dequantize_blocks,
+    expect_floating,
+    expect_packed,
+    expect_weights,
+    fits,
+    nonzero,
+    quantize_blocks,
+)
+from ..quant.codes import Code
+from .cpu import arena, blocks
+
+CHUNK = 1 << 16  # a multiple of every block size
+
+
+@quantize_blocks.on("numpy")
+def _(xp, w, *, code, block=64):
+    """Whole blocks by chunks; the short last one by the specification."""
+    expect_weights(w, block)
+    flat = w.reshape(-1)
+    n, whole = w.size, w.size - w.size % block
+    lanes = 2 if code.bits == 4 else 1  # entries to a byte
+    packed = np.empty(-(-n // lanes), np.uint8)
+    scales = np.empty(-(-n // block), np.float32)
+    if whole < n:
+        if not fits(np, abs(flat[whole:])):
+            return NotImplemented  # the specification finds the first bad weight
+        last = quantize_blocks.specification(np, flat[whole:], code=code, block=block)
+        packed[whole // lanes :], scales[whole // block :] = last
+    for part in blocks(whole, CHUNK):
+        x = flat[:whole][part]
+        peak = abs(x)
+        while peak.size > x.size // block:  # pairs, pairs of pairs, ...: whole vectors at a time
+            peak = np.maximum(peak[0::2], peak[1::2])
+        if not fits(np, peak):
+            return NotImplemented
+        rows = x.reshape(-1, block)
+        s = scales[part.start // block :][: len(rows)]
+        s[:] = block_scales(np, rows, peak, code)
+        inverse = (1 / nonzero(np, s))[:, None]
+        rows = rows.astype(np.float32, copy=False)
+        into = packed[part.start // lanes :][: x.size // lanes]
+        for lane in range(lanes):
+            v = arena.take("quant v", (len(rows), block // lanes), np.dtype(np.float32))
+            np.multiply(rows[:, lane::lanes], inverse, out=v)
+            stored = nearest(v.reshape(-1), code)
+            if lane == 0:
+                into[:] = stored
+            else:
+                into <<= 4
+                into |= stored
+    return packed, scales
+
+
+def nearest(v: np.ndarray, code: Code) -> np.ndarray:
+    """What is stored for each v: how many thresholds lie below it, and what that means."""
+    if code.bits == 4:
+        position = arena.take("quant position", v.shape, np.dtype(np.uint8))
+        above = arena.take("quant above", v.shape, np.dtype(bool))
+        position[:] = 0
+        for threshold in code.thresholds.tolist():
+            np.greater(v, threshold, out=above)
+            position += above.view(np.uint8)
+    else:
+        # All v that share their upper 16 bits lie above the same thresholds, but for one.
+        upper = v.view(np.uint32) >> 16
+        position = np.take(below(code), upper, mode="clip")
+        position += v > np.take(next_threshold(code), position, mode="clip")
+    return position if in_order(code) else np.take(code.order, position, mode="clip")
+
+
+@lru_cache(32)
+def below(code: Code) -> np.ndarray:
+    """(65536,) how many thresholds lie below the least float32 with these upper 16 bits."""
+    upper = np.arange(1 << 16, dtype=np.uint32) << 16
+    least = np.where(upper >> 31, upper | 0xFFFF, upper).view(np.float32)
+    return np.searchsorted(code.thresholds, least).astype(np.uint8)
+
+
+@lru_cache(32)
+def next_threshold(code: Code) -> np.ndarray:
+    return np.append(code.thresholds, np.float32(np.inf))
+
+
+@lru_cache(32)
+def in_order(code: Code) -> bool:
+    return bool((np.diff(code.order.astype(int)) == 1).all())
+
+
+@lru_cache(32)
+def meanings(code: Code) -> np.ndarray:
+    """(256,) what a byte means: one float32, or two, which move as one complex number."""
+    if code.bits == 8:
+        return code.table
+    byte = np.arange(256)
+    return code.table[np.stack([byte >> 4, byte & 15], axis=1)].view(np.complex64)[:, 0]
+
+
+@dequantize_blocks.on("numpy")
+def _(xp, packed, scales, *, code, block=64, out):
+    if not out.flags.c_contiguous:
+        return NotImplemented
+    expect_packed(packed, scales, out.size, code, block)
+    expect_floating("out", out.dtype)
+    flat = out.reshape(-1)
+    n, whole = out.size, out.size - out.size % block
+    lanes, table = 8 // code.bits, meanings(code)
+    for part in blocks(whole, CHUNK):
+        x = flat[:whole][part]
+        y = x if x.dtype == np.float32 else arena.take("dequant", x.shape, np.dtype(np.float32))
+        stored = packed[part.start // lanes :][: x.size // lanes]
+        np.take(table, stored, out=y.view(table.dtype), mode="clip")
+        rows = y.reshape(-1, block)
+        rows *= scales[part.start // block :][: len(rows), None]
+        if y is not x:
+            x[:] = y
+    if whole < n:
+        dequantize_blocks.specification(
+            np, packed[whole // lanes :], scales[whole // block :],
+            code=code, block=block, out=flat[whole:],
+        )  # fmt: skip
+    return out
