@@ -34,6 +34,21 @@ def linear(xp, x, W, b=None):
 
 
 @op
+def frozen_linear(xp, x, *, base):
+    """y = x W0ᵀ + b0 with both frozen inside `base`.   dx = dy W0, and nothing is kept.
+
+    x (..., d_in), y (..., d_out); `base` as in `lora_linear`.
+    """
+    W = base.dense()
+    expect_width("frozen_linear", x, W)
+    shape, d_out = x.shape, W.shape[0]
+    y = rows(x) @ W.T
+    if base.bias is not None:
+        y += base.bias.data
+    return y.reshape(*shape[:-1], d_out), (lambda g: (rows(g) @ base.dense()).reshape(shape),)
+
+
+@op
 def lora_linear(xp, x, A, B, *, base, scale, wants):
     """y = x W0ᵀ + b0 + s (x Aᵀ) Bᵀ, with W0 and b0 frozen inside `base`.
 
