@@ -1,0 +1,138 @@
+"""A linear whose frozen weight is held in codes, made dense only for the moment of a product."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from ..engine.backend import xp_of
+from ..engine.errors import QuantError
+from ..engine.fused import frozen_linear
+from ..engine.tensor import Tensor
+from ..lora.lora import LoRALinear, is_adapter
+from ..model.layers import Linear, Rng
+from ..model.module import freeze, module, rebuild, walk
+from ..model.targets import ALL_LINEAR, select
+from .blockwise import QuantizedArray, quantize_array
+from .double import DoubleScales, double_quantize
+
+
+@module
+class QuantizedLinear:
+    """y = x Ŵᵀ + b, where Ŵ is what the codes mean.
+
+    Nothing trains here; under an adapter this is QLoRA's base.  The dense weight is made on
+    the way out and again on the way back, and never kept.  (Dettmers et al. 2023, eq. 5.)
+    """
+
+    weight: QuantizedArray  # (d_out, d_in)
+    bias: Tensor | None = None  # (d_out,)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape
+
+    def __call__(self, x: Tensor, rng: Rng | None = None) -> Tensor:
+        return frozen_linear(x, base=self)
+
+    def dense(self, out: Any = None) -> Any:
+        """Ŵ as an array; written into `out` where that is given."""
+        return self.weight.dense(out)
+
+
+def quantize(
+    model: Any,
+    targets: str | Iterable[str] = ALL_LINEAR,
+    *,
+    code: str = "nf4",
+    block: int = 64,
+    double: bool = True,
+) -> Any:
+    """A new tree: the model frozen, each Linear that is targeted held as codes.
+
+    `double` quantizes the scales too.  `adapt` works on the result unchanged: that is QLoRA.
+    Errors: `QuantError` naming the linear whose weights cannot be quantized, and for a model
+    that has adapters or is quantized already.
+    """
+    for path, node in walk(model):
+        if is_adapter(node) or isinstance(node, QuantizedLinear):
+            raise QuantError(
+                f"quantize: expected a plain model, found a {type(node).__name__} at {path}"
+            )
+    chosen = set(select(model, targets))
+
+    def convert(path: str, node: Any) -> Any:
+        if path not in chosen:
+            return node
+        try:
+            weight = quantize_array(node.weight.data, code, block)
+        except QuantError as error:
+            raise QuantError(f"{path}: {error}") from None
+        return QuantizedLinear(double_quantize(weight) if double else weight, node.bias)
+
+    return rebuild(freeze(model), convert)
+
+
+def dequantize(model: Any) -> Any:
+    """A new tree in which every QuantizedLinear is a plain Linear over its dense weight."""
+
+    def convert(path: str, node: Any) -> Any:
+        if isinstance(node, QuantizedLinear):
+            return Linear(Tensor(node.dense()), node.bias)
+        return node
+
+    return rebuild(model, convert)
+
+
+WAYS = ("dequantized", "original", "requantized")
+
+
+def merge_quantized(
+    adapted: Any, way: str = "dequantized", original: Any = None
+) -> tuple[Any, dict[str, float]]:
+    """Merge adapters on quantized bases; the plain model, and the error made, path by path.
+
+        "dequantized"   Ŵ + s B A        what was trained, in full precision
+        "original"      W0 + s B A       onto the weights of `original`, never quantized
+        "requantized"   Q(Ŵ + s B A)     four bits again
+
+    The error is ‖merged - (Ŵ + s B A)‖ / ‖Ŵ + s B A‖: how far the result is from the
+    weights that the adapter was trained with.  `adapted` is left as it is.
+    Errors: `QuantError` for another way, no quantized base, or an `original` that is missing
+    or does not fit.
+    """
+    if way not in WAYS:
+        raise QuantError(f"way: expected one of {', '.join(WAYS)}; found {way!r}")
+    originals = {path: n for path, n in walk(original) if isinstance(n, Linear)}
+    errors: dict[str, float] = {}
+
+    def fold(path: str, node: Any) -> Any:
+        if isinstance(node, LoRALinear) and isinstance(node.base, QuantizedLinear):
+            base = node.base
+            trained = base.dense() + node.delta()
+            bias = None if base.bias is None else Tensor(base.bias.data.copy())
+            if way == "original":
+                if path not in originals or originals[path].shape != base.shape:
+                    raise QuantError(f"original: expected a Linear {base.shape} at {path}")
+                merged = Linear(Tensor(originals[path].weight.data + node.delta()), bias)
+            elif way == "requantized":
+                weight = quantize_array(trained, base.weight.code, base.weight.block)
+                if isinstance(base.weight.scales, DoubleScales):
+                    weight = double_quantize(weight)
+                merged = QuantizedLinear(weight, bias)
+            else:
+                merged = Linear(Tensor(trained), bias)
+            errors[path] = distance(merged.dense(), trained)
+            return merged
+        if isinstance(node, LoRALinear):
+            return node.merged()
+        return type(node)(node.data.copy()) if isinstance(node, Tensor) else node
+
+    model = rebuild(adapted, fold)
+    if not errors:
+        raise QuantError("merge_quantized: expected adapters on quantized linears, found none")
+    return model, errors
+
+
+def distance(a: Any, b: Any) -> float:
+    """‖a - b‖ / ‖b‖ over all entries."""
+    xp = xp_of(a)
+    return float(xp.sqrt(xp.square(a - b).sum()) / xp.sqrt(xp.square(b).sum()))
