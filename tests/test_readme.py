@@ -1,0 +1,51 @@
+"""The README is true: its example runs, its table is the record's, its commands are CI's."""
+
+import doctest
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from minilora.lab.report import report
+from minilora.train.tasks import TASKS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_prints_what_it_says(device):
+    if device != "cpu":
+        pytest.skip("the example runs on the host")
+    parsed = doctest.DocTestParser().get_doctest(README, {}, "README.md", "README.md", 0)
+    assert parsed.examples
+    results = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(parsed)
+    assert results.failed == 0
+
+
+def test_the_table_is_that_of_the_committed_record():
+    record = json.loads((ROOT / "figures" / "compare_dates.json").read_text())
+    shown = re.search(r"<!-- compare: begin -->\n```\n(.*?)\n```\n", README, re.DOTALL).group(1)
+    assert shown.strip() == report(record).strip()
+
+
+def test_both_commands_set_themselves_up_and_ci_runs_them():
+    commands = re.findall(r"^python3 -m venv .*$", README, re.MULTILINE)
+    assert len(commands) == 2
+    assert all('pip install -q -e ".[test]"' in command for command in commands)
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert "-m minilora compare$" in ci
+    assert "-m pytest" in ci
+
+
+def test_files_and_figures_that_it_names_exist():
+    for path in re.findall(r"\]\(((?:figures|chapters|minilora)/[^)]+)\)", README):
+        assert (ROOT / path).exists(), path
+    floors = {p.name for p in (ROOT / "minilora").iterdir() if (p / "__init__.py").exists()}
+    named = set(re.findall(r"^\| `(\w+)/` \|", README, re.MULTILINE))
+    assert named == floors
+
+
+def test_every_task_is_named():
+    for name in TASKS:
+        assert f"`{name}`" in README, name
