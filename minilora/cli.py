@@ -48,10 +48,10 @@ def parser() -> argparse.ArgumentParser:
 
     c = commands.add_parser("compare", help="full fine-tuning against LoRA, rank by rank")
     c.add_argument("--task", default="dates", help="which task (default: dates)")
-    c.add_argument("--methods", type=names, help="comma-separated: full,lora (default: both)")
+    c.add_argument("--methods", type=names, help="comma-separated: full,lora,qlora,qlora-fp4,...")
     c.add_argument("--ranks", type=whole_numbers, help="comma-separated, e.g. 1,2,4,8")
     c.add_argument("--seeds", type=int, default=3, help="how many seeds are reported (default: 3)")
-    c.add_argument("--quick", action="store_true", help="one seed, three ranks, half the steps")
+    c.add_argument("--quick", action="store_true", help="one seed, three ranks, two thirds of the steps")
     c.add_argument("--out", type=Path, default=Path("figures"), help="folder for what it writes")
     c.add_argument("--json", action="store_true", help="print the record instead of the table")
     c.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
@@ -73,7 +73,7 @@ def run_compare(args: argparse.Namespace) -> int:
 
     config = compare.CompareConfig(
         task=args.task,
-        methods=args.methods if args.methods is not None else compare.METHODS,
+        methods=args.methods,
         ranks=args.ranks,
         seeds=args.seeds,
         jobs=args.jobs,

@@ -21,15 +21,19 @@ from ..engine.check import retained
 from ..engine.errors import MiniloraError, NumericsError
 from ..engine.progress import progress
 from ..lora.lora import adapt
-from ..model.module import count, tensors, unfreeze
+from ..model.module import count, tensors, unfreeze, walk
 from ..optim.adamw import AdamW
 from ..optim.schedule import schedule
+from ..quant.blockwise import QuantizedArray
+from ..quant.codes import code
+from ..quant.linear import quantize
 from ..train.loop import evaluate, fit
 from ..train.parallel import device_of
 from ..train.task import Task
 from ..train.tasks import get_task
 
-METHODS = ("full", "lora")
+DEFAULT_METHODS = ("full", "lora", "qlora")
+QLORA_RANK = 8  # the one rank at which the default run shows QLoRA
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class CompareConfig:
     """What is compared.  None stands for the task's own setting."""
 
     task: str = "dates"
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] | None = None  # None: full, LoRA by rank, QLoRA at one rank
     ranks: tuple[int, ...] | None = None
     seeds: int = 3
     steps: int | None = None
@@ -57,11 +61,9 @@ class CompareConfig:
     jobs: int = 2
 
     def __post_init__(self) -> None:
-        for method in self.methods:
-            if method not in METHODS:
-                raise MiniloraError(
-                    f"methods: expected some of {', '.join(METHODS)}; found {method!r}"
-                )
+        for method in self.methods or ():
+            if method not in ("full", "lora"):
+                code_of(method)
         for name, values in (("methods", self.methods), ("ranks", self.ranks)):
             if values is not None and (not values or len(set(values)) != len(values)):
                 raise MiniloraError(f"{name}: expected at least one, each once; found {values}")
@@ -76,26 +78,43 @@ class CompareConfig:
     def arms(self, task: Task) -> list[Arm]:
         """Full fine-tuning first, then each adapter method at each rank."""
         ranks = self.ranks or task.settings.ranks
-        return [
-            arm
-            for method in self.methods
-            for arm in ([Arm(method)] if method == "full" else [Arm(method, r) for r in ranks])
-        ]
+        arms = []
+        for method in self.methods or DEFAULT_METHODS:
+            if method == "full":
+                arms.append(Arm(method))
+            elif self.methods is None and method == "qlora":
+                arms += [Arm(method, r) for r in ranks if r == QLORA_RANK]
+            else:
+                arms += [Arm(method, r) for r in ranks]
+        return arms
 
 
 def quick(config: CompareConfig, task: Task) -> CompareConfig:
-    """A smaller run of the same shape: one seed, three ranks, the middle rate, half the steps."""
+    """A smaller run of the same shape: one seed, three ranks, the middle rate, two thirds of the steps."""
     ranks = config.ranks or task.settings.ranks
     few = tuple(dict.fromkeys((ranks[0], ranks[len(ranks) // 2], ranks[-1])))
-    return replace(config, ranks=few, seeds=1, rates=1, steps=max(1, task.settings.steps // 2))
+    return replace(config, ranks=few, seeds=1, rates=1, steps=max(1, 2 * task.settings.steps // 3))
+
+
+def code_of(method: str) -> str:
+    """The code of a method "qlora" (NF4) or "qlora-CODE".  Errors: `MiniloraError`."""
+    kind, _, name = method.partition("-")
+    if kind != "qlora":
+        raise MiniloraError(
+            f"methods: expected some of full, lora, qlora, qlora-CODE; found {method!r}"
+        )
+    return code(name or "nf4").name
 
 
 def start(arm: Arm, task: Task, rng: np.random.Generator) -> Any:
-    """The model that an arm trains: the task's base, thawed or adapted."""
+    """The model that an arm trains: the task's base, thawed or adapted, quantized or not."""
+    base, s = task.base(), task.settings
     if arm.method == "full":
-        return unfreeze(task.base())
-    alpha = float(arm.rank) if task.settings.alpha is None else task.settings.alpha
-    return adapt(task.base(), task.settings.targets, rank=arm.rank, alpha=alpha, rng=rng)
+        return unfreeze(base)
+    if arm.method != "lora":
+        base = quantize(base, s.targets, code=code_of(arm.method))
+    alpha = float(arm.rank) if s.alpha is None else s.alpha
+    return adapt(base, s.targets, rank=arm.rank, alpha=alpha, rng=rng)
 
 
 def optimizer_for(arm: Arm, task: Task, lr: float, seed: int) -> AdamW:
@@ -259,14 +278,16 @@ def footprint(arm: Arm, task: Task) -> dict[str, Any]:
     optimizer = optimizer_for(arm, task, 1e-3, 0)
     model, flat = optimizer.model, optimizer.flat
     weights = [t.data for t in tensors(model).values()]
+    codes = [n for _, n in walk(model) if isinstance(n, QuantizedArray) and len(n.shape) == 2]
     batch, _ = task.splits(0).train.take(slice(0, task.settings.batch), device_of(weights[0]))
     kept = retained(task.loss(model, batch, np.random.default_rng(0)), besides=weights)
-    trainable, total = count(model, trainable=True), count(model)
+    trainable = count(model, trainable=True)
+    total = count(model) + sum(math.prod(held.shape) for held in codes)
     return {
         "trainable": trainable,
         "share": trainable / total,
         "bytes": {
-            "weights": sum(w.nbytes for w in weights),
+            "weights": sum(held.nbytes for held in (*weights, *codes)),
             "gradients": flat.grad.nbytes,
             "optimizer": optimizer.m.nbytes + optimizer.v.nbytes,
             "activations": sum(kept.values()),
