@@ -5,9 +5,10 @@ What most readers need stands here by name; everything else is imported from its
 
 from .engine.backend import to_device as array_to_device
 from .engine.errors import MiniloraError
+from .engine.graph import together
 from .engine.recompute import recompute
 from .engine.rules import reference_rules, rule
-from .engine.tensor import Parameter, Tensor, op, together
+from .engine.tensor import Parameter, Tensor, op
 from .fast import cpu as _fast_rules  # noqa: F401  (registers the faster rules for NumPy)
 from .lora.lora import LoRALinear, adapt, merge, trainable_share
 from .model.generate import generate

@@ -7,7 +7,8 @@ H / K query heads; positions (N, T) or None.
 import math
 
 from .errors import MiniloraError
-from .tensor import op, swap, together
+from .graph import together
+from .tensor import op, swap
 
 
 @op

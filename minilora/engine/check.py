@@ -8,7 +8,8 @@ import numpy as np
 
 from .backend import is_array, to_numpy, xp_of
 from .errors import NumericsError
-from .tensor import Parameter, Tensor, ordered, pull, shared, together
+from .graph import ordered, pull, shared, together
+from .tensor import Parameter, Tensor
 
 
 def gradients(function: Callable, arrays: list, cotangent: Any) -> tuple[list, Any]:

@@ -6,8 +6,9 @@ Weights follow the convention of the papers: y = x Wᵀ with W of shape (d_out, 
 import math
 
 from .errors import MiniloraError
+from .graph import together
 from .ops import logistic
-from .tensor import op, together
+from .tensor import op
 
 
 def rows(a):

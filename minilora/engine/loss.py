@@ -2,8 +2,9 @@
 
 from .errors import MiniloraError
 from .fused import expect_width, rows
+from .graph import together
 from .ops import softmax_parts
-from .tensor import op, together
+from .tensor import op
 
 IGNORE = -100  # the target of a token that is not scored, as in PyTorch
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from .tensor import Node, Parameter, Tensor, ordered, pull, shared
+from .graph import Node, ordered, pull, shared
+from .tensor import Parameter, Tensor
 
 
 def recompute(

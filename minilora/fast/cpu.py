@@ -23,8 +23,9 @@ from ..engine.fused import (
     rms_norm,
     rows,
 )
+from ..engine.graph import together
 from ..engine.loss import head_cross_entropy
-from ..engine.tensor import swap, together
+from ..engine.tensor import swap
 from ..optim.adamw import adamw_update
 from ..optim.flat import BAD_CALL, BAD_INDEX, CALLS, FACTOR, LR, NORM, STEP, measure
 
