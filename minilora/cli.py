@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--methods", type=names, help="comma-separated: full,lora,qlora,qlora-fp4,...")
     c.add_argument("--ranks", type=whole_numbers, help="comma-separated, e.g. 1,2,4,8")
     c.add_argument("--seeds", type=int, default=3, help="how many seeds are reported (default: 3)")
-    c.add_argument("--quick", action="store_true", help="one seed, three ranks, two thirds of the steps")
+    c.add_argument("--quick", action="store_true", help="one seed, three ranks, fewer steps")
     c.add_argument("--out", type=Path, default=Path("figures"), help="folder for what it writes")
     c.add_argument("--json", action="store_true", help="print the record instead of the table")
     c.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")

@@ -90,7 +90,7 @@ class CompareConfig:
 
 
 def quick(config: CompareConfig, task: Task) -> CompareConfig:
-    """A smaller run of the same shape: one seed, three ranks, the middle rate, two thirds of the steps."""
+    """The same in small: one seed, three ranks, the middle rate, two thirds of the steps."""
     ranks = config.ranks or task.settings.ranks
     few = tuple(dict.fromkeys((ranks[0], ranks[len(ranks) // 2], ranks[-1])))
     return replace(config, ranks=few, seeds=1, rates=1, steps=max(1, 2 * task.settings.steps // 3))
