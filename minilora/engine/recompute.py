@@ -26,11 +26,15 @@ def recompute(
         (a.target, a.slot) if isinstance(a, Tensor) and a.node is not None else None
         for a in arguments
     ]
-    # Where a value of the outer graph comes in, its bare array is kept, not its Tensor.
-    kept = [a if t is None else a.data for a, t in zip(arguments, targets, strict=True)]
+    # Values of the outer graph are kept as bare arrays, and come in again as new leaves.
+    is_value = [type(a) is Tensor for a in arguments]
+    kept = [a.data if bare else a for a, bare in zip(arguments, is_value, strict=True)]
 
     def run() -> tuple[list, tuple[Tensor, ...], bool]:
-        inlets = [a if t is None else Parameter(a) for a, t in zip(kept, targets, strict=True)]
+        inlets = [
+            (Parameter(a) if target else Tensor(a)) if bare else a
+            for a, bare, target in zip(kept, is_value, targets, strict=True)
+        ]
         options = {} if seed is None else {"rng": np.random.default_rng(seed)}
         value = setting.run(function, *inlets, **options)
         return inlets, value if isinstance(value, tuple) else (value,), isinstance(value, tuple)

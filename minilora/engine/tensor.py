@@ -178,8 +178,9 @@ class Op(Rule):
                 value = value.data
             else:
                 parents.append(None)
-                if is_array(value):
-                    value = value.item() if isinstance(value, np.generic) else value
+                if isinstance(value, np.generic):
+                    value = value.item()  # so that float32 stays float32
+                elif is_array(value):
                     expect_float(self.__name__, value)
                 elif not (value is None or isinstance(value, (int, float, complex))):
                     raise MiniloraError(
