@@ -17,6 +17,7 @@ minilora {version}: LoRA and QLoRA from scratch in NumPy.
                               a record and two figures, in about two minutes
   minilora compare --quick    the same in small, in about fifteen seconds
   minilora compare --task T   another task: {tasks}
+  minilora gpu-check          with CuPy and a card: is every op right there, and how fast?
   minilora pretrain dates     make the shipped base of the date task again
 
 Each takes --help.  The README says what to read, and in which order.
@@ -57,6 +58,11 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     c.set_defaults(run=run_compare)
 
+    g = commands.add_parser("gpu-check", help="every op on a GPU against float64 NumPy")
+    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--out", type=Path, default=Path("figures/gpu"), help="folder for the record")
+    g.set_defaults(run=run_gpu_check)
+
     p = commands.add_parser("pretrain", help="make a shipped base again")
     p.add_argument("base", help="which base: dates")
     p.add_argument("--steps", type=int, help="shorter or longer than the recipe")
@@ -64,6 +70,21 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, help="file to write (default: where the base ships)")
     p.set_defaults(run=run_pretrain)
     return top
+
+
+def run_gpu_check(args: argparse.Namespace) -> int:
+    from .files.atomic import replace_file
+    from .lab.gpu_check import GpuCheckConfig, gpu_check, gpu_report
+
+    record = gpu_check(GpuCheckConfig(seed=args.seed))
+    print(gpu_report(record))
+    if "skipped" in record:
+        return 0
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "gpu_check.json"
+    replace_file(path, json.dumps(record, indent=1).encode() + b"\n")
+    print(f"record   {path}")
+    return 0 if record["passed"] else 1
 
 
 def run_compare(args: argparse.Namespace) -> int:

@@ -27,6 +27,8 @@ CHUNK = 1 << 16  # a multiple of every block size
 def _(xp, w, *, code, block=64):
     """Whole blocks by chunks; the short last one by the specification."""
     expect_weights(w, block)
+    if code.bits == 8 and below(code) is None:
+        return NotImplemented
     flat = w.reshape(-1)
     n, whole = w.size, w.size - w.size % block
     lanes = 2 if code.bits == 4 else 1  # entries to a byte
@@ -72,7 +74,7 @@ def nearest(v: np.ndarray, code: Code) -> np.ndarray:
             np.greater(v, threshold, out=above)
             position += above.view(np.uint8)
     else:
-        # All v that share their upper 16 bits lie above the same thresholds, but for one.
+        # Numbers that share their upper 16 bits lie above the same thresholds, but for one.
         upper = v.view(np.uint32) >> 16
         position = np.take(below(code), upper, mode="clip")
         position += v > np.take(next_threshold(code), position, mode="clip")
@@ -80,11 +82,15 @@ def nearest(v: np.ndarray, code: Code) -> np.ndarray:
 
 
 @lru_cache(32)
-def below(code: Code) -> np.ndarray:
-    """(65536,) how many thresholds lie below the least float32 with these upper 16 bits."""
+def below(code: Code) -> np.ndarray | None:
+    """(65536,) how many thresholds lie below the least float32 with these upper 16 bits.
+
+    None for a code so fine that two thresholds share them.
+    """
     upper = np.arange(1 << 16, dtype=np.uint32) << 16
-    least = np.where(upper >> 31, upper | 0xFFFF, upper).view(np.float32)
-    return np.searchsorted(code.thresholds, least).astype(np.uint8)
+    ends = np.where(upper >> 31, [upper | 0xFFFF, upper], [upper, upper | 0xFFFF])
+    least, greatest = np.searchsorted(code.thresholds, ends.astype(np.uint32).view(np.float32))
+    return least.astype(np.uint8) if (greatest - least <= 1).all() else None
 
 
 @lru_cache(32)

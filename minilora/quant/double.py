@@ -18,7 +18,8 @@ BLOCK = 256  # scales that share one scale of scales
 class DoubleScales:
     """s_b = offset + s'_(b // 256) c_(q_b)   with the signed 8-bit dynamic code c
 
-    8/B + 32/(256 B) bits per weight instead of 32/B: 0.127 instead of 0.5 at B = 64.
+    8/B + 32/(256 B) bits per weight instead of 32/B: 0.127 instead of 0.5 at B = 64.  A scale
+    far below the others may come back negative, by half a step of c at most.
     Source: QLoRA section 3; bitsandbytes functional.py, quantize_4bit (the paper says FP8).
     """
 

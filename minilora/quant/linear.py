@@ -3,15 +3,19 @@
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from ..engine.backend import xp_of
 from ..engine.errors import QuantError
 from ..engine.fused import frozen_linear
 from ..engine.tensor import Tensor
 from ..lora.lora import LoRALinear, is_adapter
 from ..model.layers import Linear, Rng
-from ..model.module import freeze, module, rebuild, walk
+from ..model.module import freeze, module, rebuild, to_device, walk
 from ..model.targets import ALL_LINEAR, select
 from .blockwise import QuantizedArray, quantize_array
+from .codes import Code
+from .codes import code as code_named
 from .double import DoubleScales, double_quantize
 
 
@@ -58,12 +62,17 @@ def quantize(
                 f"quantize: expected a plain model, found a {type(node).__name__} at {path}"
             )
     chosen = set(select(model, targets))
+    tables: dict[str, Code] = {}  # one copy of the code's tables a device, not one a weight
 
     def convert(path: str, node: Any) -> Any:
         if path not in chosen:
             return node
+        data = node.weight.data
+        device = "cpu" if xp_of(data) is np else "cuda"
+        if device not in tables:
+            tables[device] = to_device(code_named(code), device)
         try:
-            weight = quantize_array(node.weight.data, code, block)
+            weight = quantize_array(data, tables[device], block)
         except QuantError as error:
             raise QuantError(f"{path}: {error}") from None
         return QuantizedLinear(double_quantize(weight) if double else weight, node.bias)

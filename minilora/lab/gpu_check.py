@@ -1,0 +1,235 @@
+"""Is this card right, and how fast is it?  Every op and a training step against float64 NumPy."""
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from ..engine.backend import is_array, to_device, to_numpy
+from ..engine.check import gradients
+from ..engine.progress import progress
+from ..engine.rules import reference_rules
+from ..engine.tensor import Tensor
+from ..lora.lora import adapt
+from ..model.module import cast
+from ..model.module import to_device as tree_to_device
+from ..model.transformer import TransformerConfig, init_transformer
+from ..optim.adamw import AdamW
+from .op_samples import SAMPLES, Sample
+from .report import table
+
+TOLERANCE = 1e-5  # of float32, relative in norm
+
+
+@dataclass(frozen=True)
+class GpuCheckConfig:
+    """What is checked, and for how long steps are timed."""
+
+    seed: int = 0
+    width: int = 256  # of the model whose step is timed: S1 of the benchmarks
+    layers: int = 4
+    length: int = 128
+    batch: int = 16
+    rounds: int = 20
+
+
+def why_not() -> str | None:
+    """Why nothing can be checked here; None where CuPy finds a device."""
+    try:
+        import cupy
+
+        found = cupy.cuda.runtime.getDeviceCount()
+    except ImportError:
+        return "CuPy is not installed"
+    except RuntimeError as error:  # CuPy's own errors are RuntimeErrors
+        return f"CuPy finds no device ({error})"
+    return None if found else "CuPy finds no device"
+
+
+def gpu_check(config: GpuCheckConfig) -> dict[str, Any]:
+    """The whole check as a record; `{"skipped": reason}` where there is no device."""
+    reason = why_not()
+    record: dict[str, Any] = {"kind": "gpu-check", "config": asdict(config)}
+    if reason is not None:
+        return record | {"skipped": reason}
+    import cupy
+
+    began = time.monotonic()
+    rng = np.random.default_rng(config.seed)
+    rows = []
+    for sample in progress(SAMPLES, label="ops"):
+        for rules in ("specification", "fast") if "cupy" in sample.op.fast else ("specification",):
+            rows.append(op_gap(sample, rng, rules))
+    record |= {
+        "device": device_name(cupy),
+        "cupy": cupy.__version__,
+        "ops": rows,
+        "steps": [step_gap(style, config.seed) for style in ("gpt2", "llama")],
+        "timing": step_time(config),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    gaps = [row["gap"] for row in (*rows, *record["steps"])]
+    record["passed"] = all(gap <= TOLERANCE for gap in gaps) and all(
+        row["repeats"] for row in (*rows, *record["steps"])
+    )
+    return record
+
+
+def device_name(cupy: Any) -> str:
+    """The card's name, as far as the runtime tells."""
+    try:
+        name = cupy.cuda.runtime.getDeviceProperties(0)["name"]
+    except (AttributeError, KeyError):
+        return "unknown"
+    return name.decode() if isinstance(name, bytes) else str(name)
+
+
+def poison() -> None:
+    """Leave NaN in memory that the next results will be written to."""
+    import cupy
+
+    for size in (1 << 8, 1 << 12, 1 << 16, 1 << 20):
+        cupy.full(size, np.nan, np.float32)
+
+
+def op_gap(sample: Sample, rng: np.random.Generator, rules: str) -> dict[str, Any]:
+    """One op in float32 on the device against float64 on the host, forward and back."""
+    arrays, options = sample.draw(rng)
+
+    def call(arrays: list, device: str) -> tuple[list, list, Any]:
+        if "rng" in options:  # the same key for both
+            options["rng"] = np.random.default_rng(5)
+        moved = {k: move_option(v, device, arrays[0].dtype) for k, v in options.items()}
+        given = [to_device(a, device) for a in arrays]
+        value = sample.op(*[Tensor(a) for a in given], **moved)
+        values = value if isinstance(value, tuple) else (value,)
+        draw = np.random.default_rng(9)
+        w = tuple(
+            to_device(draw.standard_normal(v.shape).astype(arrays[0].dtype), device) for v in values
+        )
+        if "rng" in moved:
+            moved["rng"] = np.random.default_rng(5)
+        back, _ = gradients(lambda *a: sample.op(*a, **moved), given, w)
+        return [to_numpy(v.data) for v in values], [to_numpy(g) for g in back]
+
+    with reference_rules():
+        wanted = call(arrays, "cpu")
+    narrow = [a.astype(np.float32) for a in arrays]
+
+    def on_device() -> tuple[list, list]:
+        poison()
+        if rules == "fast":
+            return call(narrow, "cuda")
+        with reference_rules():
+            return call(narrow, "cuda")
+
+    found, again = on_device(), on_device()
+    names = ["forward"] * len(wanted[0]) + ["backward"] * len(wanted[1])
+    gaps = {"forward": 0.0, "backward": 0.0}
+    for name, a, b in zip(names, [*found[0], *found[1]], [*wanted[0], *wanted[1]], strict=True):
+        gaps[name] = max(gaps[name], relative(a, b))
+    same = all(
+        np.array_equal(a, b)
+        for a, b in zip([*found[0], *found[1]], [*again[0], *again[1]], strict=True)
+    )
+    entry = {"op": sample.op.__name__, "rules": rules, "repeats": same}
+    return entry | gaps | {"gap": max(gaps.values())}
+
+
+def move_option(value: Any, device: str, dtype: Any) -> Any:
+    """An option's arrays on the device, a frozen base in the dtype of the arrays."""
+    if is_array(value):
+        return to_device(value, device)
+    if hasattr(value, "dense"):
+        return tree_to_device(cast(value, dtype), device)
+    return value
+
+
+def relative(found: np.ndarray, wanted: np.ndarray) -> float:
+    """‖found - wanted‖ / ‖wanted‖; infinite where a NaN came through."""
+    gap = float(np.linalg.norm((found - wanted).ravel()))
+    return gap / max(float(np.linalg.norm(wanted.ravel())), 1e-30) if np.isfinite(gap) else np.inf
+
+
+def model_for(style: str, width: int, layers: int, length: int) -> Any:
+    """A LoRA model in GPT-2's or Llama's style, B away from zero."""
+    shape = {"vocab": 512, "width": width, "layers": layers, "heads": 4, "context": length}
+    if style == "gpt2":
+        config = TransformerConfig.gpt2(**shape)
+    else:
+        config = TransformerConfig(key_heads=2, **shape)
+    rng = np.random.default_rng(3)
+    adapted = adapt(init_transformer(config, rng), rank=8, rng=rng)
+    optimizer = AdamW(adapted)
+    optimizer.flat.data += rng.normal(0, 0.01, optimizer.flat.data.shape).astype(np.float32)
+    return optimizer.model
+
+
+def step_gap(style: str, seed: int) -> dict[str, Any]:
+    """A LoRA step on the device: its loss, its gradients and the weights after three steps."""
+    model = model_for(style, 64, 2, 32)
+    ids = np.random.default_rng(seed).integers(0, 512, (4, 32))
+
+    def run(model: Any, device: str) -> tuple[list, np.ndarray]:
+        optimizer = AdamW(tree_to_device(model, device), lr=1e-3)
+        batch, losses = to_device(ids, device), []
+        for _ in range(3):
+            loss = optimizer.model.loss(batch, batch)
+            loss.backward(into=optimizer.gradients)
+            optimizer.step(divide_by=ids.size, clip=1.0)
+            losses.append(float(loss.data))
+        return losses, to_numpy(optimizer.flat.data)
+
+    losses, weights = run(cast(model, np.float64), "cpu")
+    poison()
+    found, again = run(model, "cuda"), run(model, "cuda")
+    gap = max(relative(np.array(found[0]), np.array(losses)), relative(found[1], weights))
+    repeats = found[0] == again[0] and np.array_equal(found[1], again[1])
+    return {"step": f"LoRA, {style}", "gap": gap, "repeats": repeats}
+
+
+def step_time(config: GpuCheckConfig) -> dict[str, Any]:
+    """Milliseconds of an eager LoRA step, the median of `rounds`; and the bytes it needs."""
+    import cupy
+
+    model = model_for("gpt2", config.width, config.layers, config.length)
+    optimizer = AdamW(tree_to_device(model, "cuda"))
+    shape = (config.batch, config.length)
+    ids = cupy.asarray(np.random.default_rng(0).integers(0, 512, shape))
+    times = []
+    for _ in range(config.rounds + 3):
+        began = time.perf_counter()
+        optimizer.model.loss(ids, ids).backward(into=optimizer.gradients)
+        optimizer.step(divide_by=ids.size)
+        optimizer.norm()  # waits for the device
+        times.append(1e3 * (time.perf_counter() - began))
+    steady = sorted(times[3:])
+    pool = getattr(cupy, "get_default_memory_pool", None)
+    return {
+        "step": f"LoRA r=8, d{config.width}, {config.batch} x {config.length} tokens, eager",
+        "ms": steady[len(steady) // 2],
+        "ms_least": steady[0],
+        "first_ms": times[0],
+        "pool_bytes": None if pool is None else int(pool().total_bytes()),
+    }
+
+
+def gpu_report(record: dict[str, Any]) -> str:
+    """A short table, the worst last."""
+    if "skipped" in record:
+        return f"gpu-check skipped: {record['skipped']}"
+    rows = [["what", "rules", "gap to float64", "repeats to the bit"]]
+    worst = sorted(record["ops"], key=lambda row: row["gap"])[-8:]
+    rows += [[r["op"], r["rules"], f"{r['gap']:.1e}", str(r["repeats"])] for r in worst]
+    rows += [[r["step"], "all", f"{r['gap']:.1e}", str(r["repeats"])] for r in record["steps"]]
+    timing = record["timing"]
+    verdict = (
+        "passed" if record["passed"] else f"FAILED: a gap above {TOLERANCE:g}, or not repeated"
+    )
+    return (
+        f"{record['device']}, CuPy {record['cupy']}, {len(record['ops'])} checks of ops\n\n"
+        f"{table(rows)}\n\n{timing['step']}: {timing['ms']:.2f} ms a step "
+        f"(least {timing['ms_least']:.2f}, first {timing['first_ms']:.0f})\n"
+        f"gpu-check {verdict} in {record['seconds']} s"
+    )
