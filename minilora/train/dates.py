@@ -103,7 +103,7 @@ def task(form: str = "mon") -> Task:
         settings=Settings(
             steps=300,
             batch=48,
-            full_rates=(1e-3, 2e-3, 4e-3),
+            full_rates=(1e-3, 2e-3, 4e-3, 8e-3),
             lora_rates=(2e-3, 4e-3, 8e-3, 1.6e-2),
         ),
     )
