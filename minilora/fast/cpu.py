@@ -26,8 +26,6 @@ from ..engine.fused import (
 from ..engine.graph import together
 from ..engine.loss import head_cross_entropy
 from ..engine.tensor import swap
-from ..optim.adamw import adamw_update
-from ..optim.flat import BAD_CALL, BAD_INDEX, CALLS, FACTOR, LR, NORM, STEP, measure
 
 BLOCK = 1 << 15  # entries of a block: 128 KiB of float32, a handful of them fit a level-2 cache
 
@@ -362,45 +360,3 @@ def _(xp, x, W, *, targets, ignore_index=-100, chunk=256, wants):
         return whole, g * dW if wants[1] else None
 
     return total, together(pullback)
-
-
-@measure.on("numpy")
-def _(xp, grad, control, *, divide_by, clip):
-    squares = 0.0
-    for part in blocks(grad.size):
-        squares += float(np.square(grad[part], dtype=np.float64).sum())
-    norm = math.sqrt(squares) / divide_by
-    control[CALLS] += 1
-    control[NORM] = norm
-    control[FACTOR] = (1.0 if clip is None else min(1.0, clip / max(norm, 1e-300))) / divide_by
-    if not math.isfinite(norm) and control[BAD_CALL] == 0:
-        control[BAD_CALL] = control[CALLS]
-        control[BAD_INDEX] = (~np.isfinite(grad)).argmax()
-
-
-@adamw_update.on("numpy")
-def _(xp, p, g, m, v, control, *, betas, eps, decay):
-    if not math.isfinite(control[NORM]):
-        return
-    b1, b2 = betas
-    lr, t = float(control[LR]), float(control[STEP]) + 1
-    kind = p.dtype.type
-    rate, factor = kind(lr / (1 - b1**t)), kind(control[FACTOR])
-    root, shrink = kind(math.sqrt(1 - b2**t)), kind(1 - lr * decay)
-    for part in blocks(p.size):
-        a = np.multiply(g[part], factor, out=arena.take("adam a", g[part].shape, p.dtype))
-        b = arena.take("adam b", a.shape, p.dtype)
-        m_, v_, p_ = m[part], v[part], p[part]
-        m_ *= b1
-        m_ += np.multiply(a, 1 - b1, out=b)
-        np.multiply(a, a, out=a)
-        a *= 1 - b2
-        v_ *= b2
-        v_ += a
-        np.sqrt(v_, out=a)
-        a /= root
-        a += eps
-        np.divide(m_, a, out=a)
-        a *= rate
-        p_ *= shrink
-        p_ -= a

@@ -1,39 +1,37 @@
 """The writers of parameters: SGD, and Adam with its decay decoupled."""
 
-from collections.abc import Callable
 from typing import Any
 
 from ..engine.backend import to_numpy, xp_of
 from ..engine.errors import MiniloraError
 from ..engine.rules import rule
-from ..engine.tensor import Parameter
-from .flat import FACTOR, LR, NORM, STEP, Stepper, matrices_decay
+from .flat import FACTOR, LR, NORM, STEP, Grouping, Stepper, by_shape
 
 
 @rule
-def sgd_update(xp, p, g, momentum, control, *, mu, decay):
+def sgd_update(xp, p, g, momentum, control, *, mu, decay, lr_factor=1.0):
     """u = mu u + g,   p = (1 - lr decay) p - lr u,   in place; nothing if g is not finite."""
     finite = xp.isfinite(control[NORM])
-    lr = control[LR].astype(p.dtype)
+    lr = (control[LR] * lr_factor).astype(p.dtype)
     u = mu * momentum + g * control[FACTOR].astype(p.dtype)
     xp.copyto(p, p * (1 - lr * decay) - lr * u, where=finite)
     xp.copyto(momentum, u, where=finite)
 
 
 @rule
-def adamw_update(xp, p, g, m, v, control, *, betas, eps, decay):
+def adamw_update(xp, p, g, m, v, control, *, betas, eps, decay, lr_factor=1.0):
     """One step of AdamW, in place; nothing is written if the gradient's norm is not finite.
 
         p = (1 - lr decay) p
         m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g²
         p = p - lr / (1 - b1ᵗ) · m / (√v / √(1 - b2ᵗ) + eps)
 
-    p g m v flat arrays of one length; `control` holds lr, t, the gradient's norm and the
-    factor that g is multiplied by.  (Loshchilov and Hutter 2019, in PyTorch's order.)
+    p g m v flat arrays of one length; `control` holds lr (times `lr_factor`), t, the gradient's
+    norm and the factor that g is multiplied by.  (Loshchilov and Hutter 2019, in PyTorch's order.)
     """
     b1, b2 = betas
     finite = xp.isfinite(control[NORM])
-    lr, t = control[LR], control[STEP] + 1
+    lr, t = control[LR] * lr_factor, control[STEP] + 1
     rate = (lr / (1 - b1**t)).astype(p.dtype)
     root = xp.sqrt(1 - b2**t).astype(p.dtype)
     shrink = (1 - lr * decay).astype(p.dtype)
@@ -54,20 +52,20 @@ class SGD(Stepper):
         lr: float = 0.1,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
-        decays: Callable[[str, Parameter], bool] = matrices_decay,
+        groups: Grouping = by_shape,
     ):
-        super().__init__(model, lr, decays)
+        super().__init__(model, lr, groups)
         self.mu, self.weight_decay = momentum, weight_decay
         self.momentum = xp_of(self.flat.data).zeros_like(self.flat.data)
 
     def step(self, divide_by: float = 1, clip: float | None = None) -> None:
         """Apply the gradient gathered so far, and clear it; see `AdamW.step`."""
         self.measure(divide_by, clip)
-        for part, decay in decay_parts(self):
-            f = self.flat
+        f = self.flat
+        for part, group in f.parts:
             sgd_update(
                 f.data[part], f.grad[part], self.momentum[part], self.control,
-                mu=self.mu, decay=decay,
+                mu=self.mu, decay=self.weight_decay * group.decay, lr_factor=group.lr,
             )  # fmt: skip
         count_step(self)
 
@@ -83,7 +81,7 @@ class SGD(Stepper):
 class AdamW(Stepper):
     """AdamW over one flat buffer; train `optimizer.model`, whose Parameters are its views.
 
-    Matrices decay, norms and biases do not, unless `decays(path, parameter)` says otherwise.
+    Matrices decay, norms and biases do not, unless `groups(path, parameter)` says otherwise.
     State: 2 numbers per Parameter entry (m and v).
     """
 
@@ -94,9 +92,9 @@ class AdamW(Stepper):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
-        decays: Callable[[str, Parameter], bool] = matrices_decay,
+        groups: Grouping = by_shape,
     ):
-        super().__init__(model, lr, decays)
+        super().__init__(model, lr, groups)
         if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1):
             raise MiniloraError(f"betas: expected two numbers in [0, 1), found {betas}")
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
@@ -110,11 +108,11 @@ class AdamW(Stepper):
         `clip` if it is longer.  A non-finite gradient changes nothing; see `first_bad`.
         """
         self.measure(divide_by, clip)
-        for part, decay in decay_parts(self):
-            f = self.flat
+        f = self.flat
+        for part, group in f.parts:
             adamw_update(
-                f.data[part], f.grad[part], self.m[part], self.v[part], self.control,
-                betas=self.betas, eps=self.eps, decay=decay,
+                f.data[part], f.grad[part], self.m[part], self.v[part], self.control, eps=self.eps,
+                betas=self.betas, decay=self.weight_decay * group.decay, lr_factor=group.lr,
             )  # fmt: skip
         count_step(self)
 
@@ -125,13 +123,6 @@ class AdamW(Stepper):
     def restore(self, state: dict[str, Any]) -> None:
         """Copy a saved state in, in place.  Errors: `CheckpointError` on any mismatch."""
         restored(self, state, m=self.m, v=self.v)
-
-
-def decay_parts(optimizer: SGD | AdamW) -> list[tuple[slice, float]]:
-    """The two stretches of the flat buffer, with their weight decay."""
-    d, n = optimizer.flat.decaying, optimizer.flat.data.size
-    parts = [(slice(0, d), optimizer.weight_decay), (slice(d, n), 0.0)]
-    return [(part, decay) for part, decay in parts if part.start < part.stop]
 
 
 def count_step(optimizer: Stepper) -> None:

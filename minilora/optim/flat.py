@@ -1,7 +1,8 @@
 """All that trains, in one array: one buffer to update, to page, to send, to save."""
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..engine.backend import xp_of
 from ..engine.errors import CheckpointError, MiniloraError
@@ -10,37 +11,67 @@ from ..engine.tensor import Parameter
 from ..model.module import parameters, rebuild
 
 
-def matrices_decay(path: str, parameter: Parameter) -> bool:
-    """The usual rule: weight decay on matrices, none on norms and biases."""
-    return parameter.ndim >= 2
+class Group(NamedTuple):
+    """How a Parameter is treated: factors on the learning rate and on the weight decay."""
+
+    lr: float = 1.0
+    decay: float = 1.0
+
+
+Grouping = Callable[[str, Parameter], Group]
+
+
+def by_shape(path: str, parameter: Parameter) -> Group:
+    """The usual groups: weight decay on matrices, none on norms and biases."""
+    return Group(decay=1.0 if parameter.ndim >= 2 else 0.0)
+
+
+def lora_plus(ratio: float = 16.0) -> Grouping:
+    """B learns `ratio` times as fast as A (LoRA+, Hayou et al. 2024); the rest `by_shape`."""
+
+    def groups(path: str, parameter: Parameter) -> Group:
+        group = by_shape(path, parameter)
+        return group._replace(lr=ratio) if path.rpartition(".")[2] == "B" else group
+
+    return groups
 
 
 class Flat:
     """The Parameters of a tree copied into one array, and one gradient array beside it.
 
     `model` is the tree whose Parameters are views of `data`; `gradients` maps them to views
-    of `grad`.  Those that decay come first: [0, decaying) and [decaying, size).
-    Errors: `MiniloraError` if nothing trains, or if dtypes or devices differ.
+    of `grad`.  Parameters of one Group lie side by side: `parts` lists the stretches.
+    Errors: `MiniloraError` if nothing trains, if dtypes or devices differ, or if a group's
+    factor is negative or not finite.
     """
 
-    def __init__(self, model: Any, decays: Callable[[str, Parameter], bool] = matrices_decay):
+    def __init__(self, model: Any, groups: Grouping = by_shape):
         named = parameters(model)
         if not named:
             raise MiniloraError("optimizer: expected Parameters in the model, found none")
         kinds = {(xp_of(p.data).__name__, p.dtype.name) for p in named.values()}
         if len(kinds) > 1:
             raise MiniloraError(f"optimizer: expected one dtype and device, found {sorted(kinds)}")
-        order = sorted(named, key=lambda path: not decays(path, named[path]))  # stable
+        group = {path: groups(path, parameter) for path, parameter in named.items()}
+        for path, factors in group.items():
+            if not all(0 <= factor < math.inf for factor in factors):
+                raise MiniloraError(
+                    f"groups: expected finite factors >= 0, found {factors} of {path}"
+                )
+        order = sorted(named, key=group.__getitem__, reverse=True)  # stable
         xp = xp_of(named[order[0]].data)
         self.data = xp.concatenate([named[path].data.ravel() for path in order])
         self.grad = xp.zeros_like(self.data)
         self.spans: dict[str, slice] = {}
         self.shapes = {path: named[path].shape for path in order}
-        self.decaying = stop = 0
+        self.parts: list[tuple[slice, Group]] = []
+        stop = 0
         for path in order:
             self.spans[path] = slice(stop, stop := stop + named[path].size)
-            if decays(path, named[path]):
-                self.decaying = stop
+            if self.parts and self.parts[-1][1] == group[path]:
+                self.parts[-1] = (slice(self.parts[-1][0].start, stop), group[path])
+            else:
+                self.parts.append((self.spans[path], group[path]))
         views = {path: Parameter(view) for path, view in self.cut(self.data).items()}
         new = {id(named[path]): view for path, view in views.items()}
         self.model = rebuild(model, lambda _, node: new.get(id(node), node))
@@ -113,10 +144,10 @@ def measure(xp, grad, control, *, divide_by, clip):
 class Stepper:
     """What every optimizer shares: the flat buffers, the control numbers, the bad-step record."""
 
-    def __init__(self, model: Any, lr: float, decays: Callable[[str, Parameter], bool]):
+    def __init__(self, model: Any, lr: float, groups: Grouping):
         if not lr >= 0:
             raise MiniloraError(f"lr: expected a number >= 0, found {lr}")
-        self.flat = Flat(model, decays)
+        self.flat = Flat(model, groups)
         self.control = xp_of(self.flat.data).zeros(7)
         self.control[LR] = lr
 
