@@ -38,7 +38,11 @@ def inner(values: Any, cotangents: Any) -> Any:
 
 def moved(arrays: list, directions: list, step: Any) -> list:
     """arrays + step · directions; entries that are no arrays stay."""
-    return [a + step * v if is_array(a) else a for a, v in zip(arrays, directions, strict=True)]
+    # asarray: NumPy makes a scalar of the sum of two 0-d arrays.
+    return [
+        xp_of(a).asarray(a + step * v) if is_array(a) else a
+        for a, v in zip(arrays, directions, strict=True)
+    ]
 
 
 def directional_gap(
@@ -107,7 +111,7 @@ def assert_same(
 
 def bare(value: Any) -> np.ndarray:
     """The host array inside a Tensor, an array or a number."""
-    return to_numpy(value.data if isinstance(value, Tensor) else np.asarray(value))
+    return to_numpy(value.data if isinstance(value, Tensor) else value)
 
 
 # ------------------------------------------------------------ what a graph remembers

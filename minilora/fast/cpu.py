@@ -157,7 +157,8 @@ def normalized(x, weight, bias, eps, centered):
             np.subtract(flat[part], (flat[part] @ average)[:, None], out=n[part])
         else:
             n[part] = flat[part]
-        square = np.vecdot(n[part], n[part])
+        with np.errstate(over="ignore"):  # an overflow is seen in the next line but one
+            square = np.vecdot(n[part], n[part])
         square /= C
         if not np.isfinite(square).all() or ((square > 0).any() and square.max() < 1e-30):
             return NotImplemented  # squares out of range: the specification takes more care

@@ -1,0 +1,181 @@
+"""Each fast rule for NumPy arrays against its float64 specification, on drawn shapes."""
+
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_ops import rules_of_the_library
+
+from minilora.engine import attention, fused, loss
+from minilora.engine.check import gradients
+from minilora.engine.rules import reference_rules
+from minilora.engine.tensor import Op, Parameter, Tensor
+from minilora.model.layers import Linear
+
+pytestmark = pytest.mark.usefixtures("on_the_host")
+
+
+@pytest.fixture(scope="module")
+def on_the_host(device):
+    if device != "cpu":
+        pytest.skip("these rules are for NumPy arrays")
+
+
+def normal(*shapes):
+    return lambda rng: [rng.standard_normal(s) for s in shapes]
+
+
+def lora_options(rng, d_out, d_in, bias):
+    W, b = rng.standard_normal((d_out, d_in)), rng.standard_normal(d_out)
+    return {"base": (W, b if bias else None), "scale": float(rng.uniform(-2, 2))}
+
+
+# op name: a strategy for (arrays, options) from a shape drawn by Hypothesis
+def cases(name, rng, n, T, d):
+    if name == "gelu":
+        return [3 * rng.standard_normal((n, T, d))], {}
+    if name == "layer_norm":
+        return [a + 1 for a in normal((n, T, d), d, d)(rng)], {"eps": 1e-5}
+    if name == "rms_norm":
+        return normal((n, T, d), d)(rng), {"eps": 1e-6}
+    if name == "embedding":
+        return normal((11, d))(rng), {"ids": rng.integers(0, 11, (n, T))}
+    if name == "attention":
+        return normal((n, T, 4, d), (n, T, 2, d), (n, T, 2, d))(rng), {"tile": 1 + d % 7 * 16}
+    if name == "rope":
+        return normal((n, T, 3, 2 * d))(rng), {"theta": 1000.0}
+    if name == "head_cross_entropy":
+        targets = rng.integers(-1, 11, (n, T))
+        targets[targets < 0] = loss.IGNORE
+        return normal((n, T, d), (11, d))(rng), {"targets": targets, "chunk": 1 + d}
+    if name == "lora_linear":
+        arrays = normal((n, T, d), (3, d), (7, 3))(rng)
+        return arrays, lora_options(rng, 7, d, bias=bool(T % 2))
+    raise AssertionError(f"no case for the fast rule of {name}")
+
+
+FAST_OPS = {
+    name: rule
+    for name, rule in rules_of_the_library().items()
+    if isinstance(rule, Op) and "numpy" in rule.fast
+}
+UPDATES_TESTED_ELSEWHERE = {"measure", "adamw_update", "quantize_blocks", "dequantize_blocks"}
+
+
+def test_every_fast_rule_is_tested():
+    others = {n for n, r in rules_of_the_library().items() if "numpy" in r.fast} - set(FAST_OPS)
+    assert others == UPDATES_TESTED_ELSEWHERE
+    for name in FAST_OPS:
+        cases(name, np.random.default_rng(0), 2, 3, 4)
+
+
+def with_base(options, dtype):
+    if "base" not in options:
+        return options
+    W, b = (None if a is None else Tensor(a.astype(dtype)) for a in options["base"])
+    return options | {"base": Linear(W, b)}
+
+
+@pytest.mark.parametrize("name", FAST_OPS)
+@given(st.integers(1, 3), st.integers(1, 90), st.integers(1, 33), st.integers(0, 99))
+def test_it_is_its_specification(name, n, T, d, seed):
+    rng = np.random.default_rng(seed)
+    arrays, options = cases(name, rng, n, T, d)
+    op = FAST_OPS[name]
+    shape = op(*arrays, **with_base(options, np.float64)).shape
+    w = rng.standard_normal(shape)
+    with reference_rules():
+        wanted, value = gradients(lambda *a: op(*a, **with_base(options, np.float64)), arrays, w)
+    for dtype, tolerance in ((np.float64, 1e-12), (np.float32, 2e-5)):
+        narrow = [a.astype(dtype) for a in arrays]
+        call = lambda *a, dtype=dtype: op(*a, **with_base(options, dtype))
+        found, fast = gradients(call, narrow, w.astype(dtype))
+        pairs = [(fast.data, value.data), *zip(found, wanted, strict=True)]
+        for a, b in pairs:
+            assert a.dtype == dtype
+            gap = np.linalg.norm((a - b).ravel()) / (1 + np.linalg.norm(b.ravel()))
+            assert gap <= tolerance * (50 if name == "layer_norm" and d < 3 else 1)
+
+
+@pytest.mark.parametrize("name", FAST_OPS)
+def test_only_what_is_wanted_is_computed_and_the_same(name):
+    rng = np.random.default_rng(1)
+    arrays, options = cases(name, rng, 2, 40, 6)
+    options = with_base(options, np.float64)
+    op = FAST_OPS[name]
+    w = rng.standard_normal(op(*arrays, **options).shape)
+    whole, _ = gradients(lambda *a: op(*a, **options), arrays, w)
+    for i, array in enumerate(arrays):
+        p = Parameter(array)
+        value = op(*[p if j == i else a for j, a in enumerate(arrays)], **options)
+        np.testing.assert_allclose(value.backward(w)[p], whole[i], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", FAST_OPS)
+def test_scratch_is_never_what_is_kept(name):
+    """A value and a graph stay as they are while the same op runs on, here and in a thread."""
+    rng = np.random.default_rng(2)
+    arrays, options = cases(name, rng, 2, 70, 6)
+    arrays = [a.astype(np.float32) for a in arrays]
+    options = with_base(options, np.float32)
+    op = FAST_OPS[name]
+    alone = [Parameter(a) for a in arrays]
+    value = op(*alone, **options)
+    w = rng.standard_normal(value.shape).astype(np.float32)
+    back = value.backward(w)
+    wanted = [value.data.copy()] + [back[p].copy() for p in alone]
+
+    given = [Parameter(a) for a in arrays]
+    first = op(*given, **options)
+
+    def disturb():
+        for _ in range(3):
+            other = [Parameter(2 * a + 1) for a in arrays]
+            result = op(*other, **options)
+            result.backward(w + 1)
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    disturb()
+    found = first.backward(w)
+    thread.join()
+    for a, b in zip([first.data] + [found[p] for p in given], wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_an_adapter_at_zero_is_its_base_to_the_bit(dtype):
+    rng = np.random.default_rng(0)
+    x, W, b, A = (
+        rng.standard_normal(s).astype(dtype) for s in ((2, 40, 24), (16, 24), 16, (4, 24))
+    )
+    W[0, 0] = -0.0
+    base = Linear(Tensor(W), Tensor(b))
+    B = np.zeros((16, 4), dtype)
+    y = fused.lora_linear(x, A, B, base=base, scale=2.0)
+    assert y.data.tobytes() == fused.linear(x, W, b).data.tobytes()
+
+
+def test_what_a_rule_does_not_take_the_specification_answers():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 3, 4))
+    mixed = fused.rms_norm(x, np.ones(4, np.float32), eps=1e-5)  # two dtypes
+    assert mixed.shape == x.shape
+    imaginary = fused.gelu(x + 1e-30j)
+    assert imaginary.dtype == np.complex128
+    few = Linear(Tensor(rng.standard_normal((5, 4))))
+    y = fused.lora_linear(x, np.ones((1, 4)), np.ones((5, 1)), base=few, scale=1.0)
+    with reference_rules():
+        z = fused.lora_linear(x, np.ones((1, 4)), np.ones((5, 1)), base=few, scale=1.0)
+    assert y.data.tobytes() == z.data.tobytes()
+    assert attention.attention(x[..., None], x[..., None], x[..., None]).shape == (2, 3, 4, 1)
+
+
+def test_an_id_outside_the_table_is_named():
+    from minilora import MiniloraError
+
+    for wrong in (-1, 11):
+        with pytest.raises(MiniloraError, match=rf"0\.\.10, found {wrong}"):
+            fused.embedding(np.ones((11, 2), np.float32), ids=np.array([[0, wrong]]))
