@@ -1,0 +1,161 @@
+"""Trees: walked, rebuilt with sharing, frozen as live views, printed."""
+
+import numpy as np
+import pytest
+
+from minilora import (
+    Parameter,
+    Tensor,
+    TransformerConfig,
+    count,
+    freeze,
+    init_transformer,
+    module,
+    parameters,
+    rebuild,
+    summary,
+    to_device,
+    unfreeze,
+    walk,
+)
+from minilora.engine.errors import AdapterError
+from minilora.model.module import cast, tensors
+from minilora.model.targets import select
+
+
+@module
+class Leaf:
+    w: Tensor
+    size: int = 3
+
+
+@module
+class Tree:
+    first: Leaf
+    rest: tuple
+    table: list
+    other: Tensor | None = None
+
+
+@pytest.fixture
+def tree(dev):
+    array = lambda *shape: dev(np.ones(shape, np.float32))
+    tied = Parameter(array(2, 3))
+    return Tree(Leaf(tied), (Leaf(Tensor(array(4))), Leaf(tied)), [Tensor(array(1))])
+
+
+def test_paths_read_as_one_would_write_them(tree):
+    paths = [path for path, node in walk(tree) if isinstance(node, Tensor)]
+    assert paths == ["first.w", "rest.0.w", "rest.1.w", "table.0"]
+    assert list(tensors(tree)) == ["first.w", "rest.0.w", "table.0"]  # a tied one once
+    assert list(parameters(tree)) == ["first.w"]
+    assert count(tree) == 6 + 4 + 1
+    assert count(tree, trainable=True) == 6
+
+
+def test_rebuild_shares_what_it_does_not_replace_and_keeps_ties(tree):
+    assert rebuild(tree, lambda _, node: node) is tree
+    tied = tree.first.w
+    new = Parameter(tied.data * 2)
+    visits = []
+
+    def visit(path, node):
+        visits.append(path)
+        return new if node is tied else node
+
+    other = rebuild(tree, visit)
+    assert other.first.w is other.rest[1].w is new
+    assert other.rest[0] is tree.rest[0]
+    assert other.table is tree.table
+    assert tree.first.w is tied
+    assert len(visits) == len(set(visits))
+    assert visits.count("first.w") + visits.count("rest.1.w") == 1
+
+
+def test_a_replaced_node_is_not_entered(tree):
+    visits = []
+
+    def visit(path, node):
+        visits.append(path)
+        return None if path == "rest" else node
+
+    assert rebuild(tree, visit).rest is None
+    assert not any(path.startswith("rest.") for path in visits)
+
+
+def test_modules_are_frozen_and_compared_by_identity(tree):
+    with pytest.raises(AttributeError):
+        tree.first = None
+    assert tree.first != Leaf(tree.first.w)
+    assert len({tree.first, Leaf(tree.first.w)}) == 2
+
+
+def test_freeze_is_a_live_view_and_unfreeze_goes_back(tree):
+    frozen = freeze(tree)
+    assert not parameters(frozen)
+    assert frozen.first.w is frozen.rest[1].w
+    tree.first.w.data[...] = 7
+    assert frozen.first.w.data[0, 0] == 7
+    again = unfreeze(frozen)
+    assert set(parameters(again)) == {"first.w", "rest.0.w", "table.0"}
+    assert again.first.w.data is tree.first.w.data
+    assert set(parameters(unfreeze(frozen, lambda path: "table" in path))) == {"table.0"}
+
+
+def test_moving_and_casting_keep_ties_and_kinds(tree, device):
+    for moved in (to_device(tree, "cpu"), to_device(to_device(tree, "cpu"), device)):
+        assert moved.first.w is moved.rest[1].w
+        assert isinstance(moved.first.w, Parameter)
+    assert to_device(tree, device).first.w.data is tree.first.w.data  # nothing to move
+    wide = cast(tree, np.float64)
+    assert {t.dtype for t in tensors(wide).values()} == {np.dtype(np.float64)}
+    assert wide.first.w is wide.rest[1].w
+    assert tree.first.w.dtype == np.float32
+
+
+def test_summary_shows_shapes_counts_and_what_trains():
+    config = TransformerConfig(vocab=7, width=8, layers=3, heads=2)
+    model = init_transformer(config, np.random.default_rng(0))
+    text = summary(model)
+    assert repr(model) == text
+    assert f"Transformer: {count(model):,} ({count(model):,} train)" in text
+    assert "0 Block x 3" in text
+    assert "weight (8, 8) float32 trains" in text
+    assert "frozen" in summary(freeze(model))
+    assert all(len(line) <= 100 for line in text.splitlines())
+
+
+# ----------------------------------------------------------------------------- targets
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = TransformerConfig(vocab=7, width=8, layers=2, heads=2)
+    return freeze(init_transformer(config, np.random.default_rng(0)))
+
+
+@pytest.mark.parametrize(
+    "targets, expected",
+    [
+        ("all-linear", 14),
+        ("query", 2),
+        (["query", "value"], 4),
+        ("attention.query", 2),
+        ("blocks.1.mlp.up", 1),
+        ("blocks.*.up", 2),
+        ("blocks.0.*", 7),
+        ("*", 15),
+        ("head", 1),
+        (["all-linear", "head"], 15),
+    ],
+)
+def test_targets(targets, expected, model):
+    chosen = select(model, targets)
+    assert len(chosen) == expected
+    assert chosen == [path for path, _ in walk(model) if path in set(chosen)]
+
+
+@pytest.mark.parametrize("targets", ["quer", "ery", "blocks.9.mlp.up", "que?y", "[q]uery", [], ""])
+def test_targets_that_match_nothing_list_what_there_is(targets, model):
+    with pytest.raises(AdapterError, match=r"matches nothing; there are: .*query|at least one"):
+        select(model, targets)

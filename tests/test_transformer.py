@@ -1,0 +1,282 @@
+"""One config, two families: counts, causality to the bit, recomputing, and generation."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minilora import (
+    MiniloraError,
+    TransformerConfig,
+    count,
+    freeze,
+    generate,
+    init_transformer,
+    parameters,
+    to_device,
+)
+from minilora.engine.check import retained
+from minilora.engine.errors import NumericsError
+from minilora.engine.loss import IGNORE, cross_entropy
+from minilora.model.cache import KVCache
+from minilora.model.generate import draw
+from minilora.model.module import cast, tensors
+
+SHAPE = {"vocab": 19, "width": 24, "layers": 2, "heads": 4, "context": 48}
+CONFIGS = {
+    "gpt2": TransformerConfig.gpt2(**SHAPE),
+    "llama": TransformerConfig(**SHAPE, key_heads=2, hidden=40),
+    "mixed": TransformerConfig(**SHAPE, mlp="gelu", norm="layer", tied=False, bias=True),
+}
+every_style = pytest.mark.parametrize("style", CONFIGS)
+
+
+def built(style, device="cpu", std=0.3):
+    return to_device(init_transformer(CONFIGS[style], np.random.default_rng(3), std), device)
+
+
+def some_ids(shape=(2, 20), seed=0):
+    return np.random.default_rng(seed).integers(0, SHAPE["vocab"], shape)
+
+
+def test_counts_are_those_of_the_formulas():
+    V, C, L, T, I = 19, 24, 2, 48, 40
+    assert count(built("gpt2")) == V * C + T * C + L * (12 * C * C + 13 * C) + 2 * C
+    K = C // 2  # two key heads of four
+    assert count(built("llama")) == V * C + L * (2 * C * C + 2 * C * K + 3 * C * I + 2 * C) + C
+
+
+def test_a_tied_head_is_one_tensor():
+    model = built("llama")
+    assert model.head.weight is model.embedding.weight
+    frozen = freeze(model)
+    assert frozen.head.weight is frozen.embedding.weight
+    assert built("mixed").head.weight is not built("mixed").embedding.weight
+
+
+@every_style
+def test_a_token_changes_no_logits_before_it_to_the_bit(style, device, dev, host):
+    model = freeze(built(style, device))
+    ids = some_ids()
+    before = host(model(dev(ids)).data)
+    for t in (0, 7, 19):
+        other = ids.copy()
+        other[:, t] = (other[:, t] + 1) % SHAPE["vocab"]
+        after = host(model(dev(other)).data)
+        assert np.array_equal(after[:, :t], before[:, :t])
+        assert not np.array_equal(after[:, t], before[:, t])
+
+
+@every_style
+def test_the_loss_is_the_cross_entropy_of_the_logits(style, device, dev, host):
+    model = built(style, device)
+    ids, targets = some_ids(), some_ids(seed=1)
+    targets[0, :5] = IGNORE
+    a = model.loss(dev(ids), dev(targets))
+    b = cross_entropy(model(dev(ids)), targets=dev(targets))
+    np.testing.assert_allclose(a.item(), b.item(), rtol=1e-5)
+    ga, gb = a.backward(), b.backward()
+    for path, p in parameters(model).items():
+        np.testing.assert_allclose(host(ga[p]), host(gb[p]), rtol=2e-4, atol=2e-4, err_msg=path)
+
+
+@every_style
+def test_recomputed_blocks_give_the_same_bits_and_keep_less(style, device, dev, host):
+    model = built(style, device)
+    ids = dev(some_ids())
+    plain, again = model.loss(ids, ids), model.loss(ids, ids, recompute_blocks=True)
+    weights = [t.data for t in tensors(model).values()]
+    assert sum(retained(again, weights).values()) < 0.5 * sum(retained(plain, weights).values())
+    assert plain.item() == again.item()
+    a, b = plain.backward(), again.backward()
+    assert a.keys() == b.keys() == set(parameters(model).values())
+    for p in a:
+        np.testing.assert_array_equal(host(a[p]), host(b[p]))
+
+
+@every_style
+def test_the_gradient_of_a_whole_model(style):
+    """One direction through everything, in float64."""
+    model = cast(built(style), np.float64)
+    ids = some_ids((1, 6))
+    rng = np.random.default_rng(0)
+    named = parameters(model)
+    v = {path: rng.standard_normal(p.shape) for path, p in named.items()}
+    grads = model.loss(ids, ids).backward()
+    predicted = sum((grads[p] * v[path]).sum() for path, p in named.items())
+
+    def along(t):
+        for path, p in named.items():
+            p.data[...] += t * v[path]
+        value = model.loss(ids, ids).item()
+        for path, p in named.items():
+            p.data[...] -= t * v[path]
+        return value
+
+    h = 1e-4
+    measured = (8 * (along(h) - along(-h)) - (along(2 * h) - along(-2 * h))) / (12 * h)
+    assert abs(measured - predicted) <= 1e-7 * (1 + abs(predicted))
+
+
+# -------------------------------------------------------------------------- generation
+
+
+@every_style
+def test_the_cache_gives_what_the_whole_forward_gives(style, device, dev, host):
+    model = freeze(built(style, device))
+    ids = some_ids((3, 30))
+    whole = host(model(dev(ids)).data)
+    cache = KVCache(model, 3, 30)
+    positions = np.broadcast_to(np.arange(30), (3, 30)).copy()
+    cuts = [0, 11, 12, 20, 30]
+    for start, stop in pairwise(cuts):
+        at = dev(positions[:, start:stop])
+        part = model(dev(ids[:, start:stop].copy()), positions=at, cache=cache)
+        np.testing.assert_allclose(host(part.data), whole[:, start:stop], rtol=2e-5, atol=2e-5)
+
+
+@every_style
+def test_greedy_tokens_are_those_of_the_whole_forward(style, device, dev, host):
+    model = freeze(built(style, device))
+    prompt = some_ids((1, 4))[0].tolist()
+    (found,) = generate(model, [prompt], 20)
+    ids, undecided = list(prompt), 0
+    for token in found:
+        logits = np.sort(host(model(dev(np.array([ids]))).data)[0, -1])
+        best = int(host(model(dev(np.array([ids]))).data)[0, -1].argmax())
+        if logits[-1] - logits[-2] > 1e-4:
+            assert token == best
+        else:
+            undecided += 1
+        ids.append(token)
+    assert undecided < 5
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8}, {"temperature": 1.5, "top_k": 5}])
+def test_batch_mates_make_no_difference(options, device):
+    """Prompts of other lengths beside it leave a row's tokens as they are."""
+    model = freeze(built("llama", device))
+    prompts = [some_ids((1, n), seed=n)[0].tolist() for n in (1, 9, 4, 13)]
+    together = generate(model, prompts, 8, seeds=[5, 6, 7, 8], **options)
+    for i, prompt in enumerate(prompts):
+        assert generate(model, [prompt], 8, seeds=[5 + i], **options) == [together[i]]
+    assert generate(model, prompts[::-1], 8, seeds=[8, 7, 6, 5], **options) == together[::-1]
+
+
+def test_streams_belong_to_rows_and_repeat(device):
+    model = freeze(built("llama", device))
+    same = [[1, 2, 3]] * 4
+    first = generate(model, same, 10, temperature=1.0, seeds=3)
+    assert first == generate(model, same, 10, temperature=1.0, seeds=3)
+    assert len({tuple(row) for row in first}) > 1
+    assert first != generate(model, same, 10, temperature=1.0, seeds=4)
+
+
+def test_a_stop_token_ends_a_row_and_is_not_returned(device):
+    model = freeze(built("gpt2", device))
+    prompts = [[1, 2], [3, 4, 5]]
+    free = generate(model, prompts, 12)
+    stop = free[0][3]
+    for row, ended in zip(free, generate(model, prompts, 12, stop=[stop]), strict=True):
+        assert ended == (row[: row.index(stop)] if stop in row else row)
+    assert generate(model, prompts, 0) == [[], []]
+
+
+@given(
+    st.lists(st.floats(-5, 5), min_size=2, max_size=12), st.floats(0.1, 3),
+    st.none() | st.integers(1, 12), st.none() | st.floats(0.05, 1.0),
+)  # fmt: skip
+@settings(max_examples=60)
+def test_a_token_is_drawn_with_its_probability(logits, temperature, top_k, top_p):
+    """`draw` is a quantile function: over an even grid of u, shares are probabilities."""
+    z = np.array(logits)
+    p = np.exp((z - z.max()) / temperature)
+    order = np.argsort(-p, kind="stable")
+    keep = order[: top_k or len(p)]
+    if top_p is not None:
+        share = np.cumsum(p[keep]) / p[keep].sum()
+        keep = keep[: 1 + int((share < top_p - 1e-12).sum())]
+    wanted = np.zeros(len(p))
+    wanted[keep] = p[keep] / p[keep].sum()
+    grid = (np.arange(2000) + 0.5) / 2000
+    found = np.bincount(
+        [draw(z, u, temperature, top_k, top_p) for u in grid], minlength=len(p)
+    ) / len(grid)
+    if top_p is None or np.count_nonzero(found) == len(keep):
+        np.testing.assert_allclose(found, wanted, atol=2 / 2000)
+    assert abs(np.count_nonzero(found) - len(keep)) <= (0 if top_p is None else 1) or (
+        wanted[wanted > 0].min() < 1 / 2000
+    )
+
+
+def test_top_k_one_is_greedy_and_cold_is_greedy():
+    z = np.array([0.0, 3.0, 3.0, -1.0])
+    for u in (0.0, 0.5, 0.999999):
+        assert draw(z, u, 1.0, 1, None) == 1  # ties to the lower id
+        assert draw(np.array([0.0, 3.0, 2.0]), u, 1e-4, None, None) == 1
+        assert draw(np.array([0.0, 3.0, 2.0]), u, 1.0, None, 1e-9) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, options, message",
+    [
+        (([], 1), {}, "at least one token"),
+        (([[]], 1), {}, "at least one token"),
+        (([[1]], -1), {}, "new_tokens"),
+        (([[1]], 1), {"temperature": -1.0}, "temperature"),
+        (([[1]], 1), {"temperature": math.inf}, "temperature"),
+        (([[1]], 1), {"top_k": 0}, "top_k"),
+        (([[1]], 1), {"top_p": 0.0}, "top_p"),
+        (([[1]], 1), {"top_p": 1.1}, "top_p"),
+        (([[19]], 1), {}, r"0\.\.18, found 19"),
+        (([[1, -1]], 1), {}, r"0\.\.18, found -1"),
+        (([[1]], 48), {}, "at most 48 positions, found 49"),
+        (([[1]], 2), {"seeds": [1, 2]}, "one for each of 1 prompts, found 2"),
+    ],
+)
+def test_what_generate_refuses(arguments, options, message, device):
+    with pytest.raises(MiniloraError, match=message):
+        generate(built("llama", device), *arguments, **options)
+
+
+def test_logits_that_are_no_numbers_are_refused():
+    with pytest.raises(NumericsError, match="finite logits"):
+        draw(np.array([np.nan, 1.0]), 0.5, 1.0, None, None)
+
+
+@pytest.mark.parametrize(
+    "change", [{"heads": 5}, {"key_heads": 3}, {"norm": "batch"}, {"mlp": "relu"}, {"layers": 0}]
+)
+def test_configs_that_make_no_model(change):
+    with pytest.raises(MiniloraError, match="config: expected"):
+        TransformerConfig(**(SHAPE | change))
+
+
+def test_ids_that_do_not_fit(dev, device):
+    model = built("llama", device)
+    for shape in ((3,), (1, 49), (1, 0)):
+        with pytest.raises(MiniloraError, match="ids: expected shape"):
+            model(dev(np.zeros(shape, np.int64)))
+
+
+def test_a_cache_wants_a_frozen_model(dev, device):
+    model = built("llama", device)
+    with pytest.raises(MiniloraError, match="freeze"):
+        model(dev(np.array([[1]])), positions=dev(np.array([[0]])), cache=KVCache(model, 1, 4))
+
+
+def test_dropout_in_adapters_survives_recomputing(device, dev, host):
+    from minilora import adapt
+
+    base = freeze(built("llama", device))
+    model = adapt(base, rank=2, rng=np.random.default_rng(0), dropout=0.5)
+    ids = dev(some_ids())
+    run = lambda: model.loss(ids, ids, rng=np.random.default_rng(1), recompute_blocks=True)
+    a, b = run(), run()
+    assert a.item() == b.item()
+    ga, gb = a.backward(), b.backward()
+    for p in ga:
+        np.testing.assert_array_equal(host(ga[p]), host(gb[p]))
