@@ -18,9 +18,11 @@ def _(xp, grad, control, *, divide_by, clip):
     control[CALLS] += 1
     control[NORM] = norm
     control[FACTOR] = (1.0 if clip is None else min(1.0, clip / max(norm, 1e-300))) / divide_by
-    if not math.isfinite(norm) and control[BAD_CALL] == 0:
-        control[BAD_CALL] = control[CALLS]
-        control[BAD_INDEX] = (~np.isfinite(grad)).argmax()
+    if not math.isfinite(norm):
+        control[FACTOR] = math.nan
+        if control[BAD_CALL] == 0:
+            control[BAD_CALL] = control[CALLS]
+            control[BAD_INDEX] = (~np.isfinite(grad)).argmax()
 
 
 @adamw_update.on("numpy")

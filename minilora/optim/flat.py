@@ -127,14 +127,14 @@ def measure(xp, grad, control, *, divide_by, clip):
 
         norm = ‖grad‖ / divide_by,    factor = min(1, clip / norm) / divide_by
 
-    The squares are summed in double precision.  If the norm is not finite, the first such
-    call and the flat index of its first bad entry are recorded, for ever.
+    The squares are summed in double precision.  If the norm is not finite, the factor is NaN,
+    and the first such call and the flat index of its first bad entry are recorded, for ever.
     """
     norm = xp.sqrt(xp.square(grad.astype(xp.float64)).sum()) / divide_by
     control[CALLS] += 1
     control[NORM] = norm
     ratio = 1.0 if clip is None else xp.minimum(1.0, clip / xp.maximum(norm, 1e-300))
-    control[FACTOR] = ratio / divide_by
+    control[FACTOR] = xp.where(xp.isfinite(norm), ratio / divide_by, xp.nan)
     first = xp.logical_and(~xp.isfinite(norm), control[BAD_CALL] == 0)
     index = (~xp.isfinite(grad)).argmax()
     control[BAD_CALL] = xp.where(first, control[CALLS], control[BAD_CALL])
