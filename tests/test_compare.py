@@ -1,0 +1,210 @@
+"""The comparison: fair by construction, the same however many processes, plain in print."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minilora import MiniloraError, get_task
+from minilora.lab import compare as lab
+from minilora.lab import figures
+from minilora.lab.report import report
+from minilora.train import tasks
+
+
+@pytest.fixture(autouse=True)
+def host_only(device):
+    if device != "cpu":
+        pytest.skip("runs on the host")
+
+
+TINY = lab.CompareConfig(task="planted", ranks=(1, 4), seeds=2, steps=30, jobs=1)
+
+
+@pytest.fixture(scope="module")
+def record():
+    return lab.compare(TINY)
+
+
+def test_the_record_holds_what_the_table_shows(record):
+    assert json.loads(json.dumps(record))["arms"] == record["arms"]
+    assert [a["name"] for a in record["arms"]] == ["full", "lora r=1", "lora r=4"]
+    for arm in record["arms"]:
+        assert len(arm["rates"]) >= 3
+        assert len(arm["scores"]) == 2
+        assert arm["mean"] == pytest.approx(np.mean(arm["scores"]))
+        best = min(arm["rates"], key=lambda rate: rate["val_loss"])
+        assert arm["lr"] == best["lr"]
+        assert arm["scores"][0] == best["score"]  # the selection run is the first of them
+        tried = [rate["lr"] for rate in arm["rates"]]
+        assert arm["lr_at_edge"] == (arm["lr"] in (min(tried), max(tried)))
+        assert set(arm["bytes"]) == {"weights", "gradients", "optimizer", "activations"}
+        assert arm["ms_per_step"] > 0
+    full, lora, _ = record["arms"]
+    assert full["trainable"] == 48 * 64
+    assert lora["trainable"] == 48 + 64
+    assert full["bytes"]["gradients"] == 8 * full["trainable"]
+    assert full["bytes"]["optimizer"] == 2 * full["bytes"]["gradients"]
+    assert lora["gain_share"] == pytest.approx(
+        (lora["mean"] - record["base"]["score"]) / (full["mean"] - record["base"]["score"])
+    )
+
+
+def test_numbers_do_not_depend_on_the_number_of_processes(record):
+    again = lab.compare(replace(TINY, jobs=2))
+    for a, b in zip(record["arms"], again["arms"], strict=True):
+        assert a["rates"] == b["rates"]
+        assert a["scores"] == b["scores"]
+
+
+def test_the_table_and_its_legend(record):
+    text = report(record)
+    assert all(len(line) <= 200 for line in text.splitlines())
+    for word in ("method", "trainable", "share", "lr", "relative squared error", "ms/step"):
+        assert word in text
+    assert "over 2 seeds" in text
+    assert "±" in text
+    assert "the run that chose the rate is the first" in text
+
+
+def test_figures_are_drawn_from_the_record_alone(record, tmp_path):
+    for draw in (figures.rank_vs_quality, figures.memory):
+        path = draw(json.loads(json.dumps(record)), tmp_path / f"{draw.__name__}.png")
+        assert Path(path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_rate_that_diverges_is_a_finding(monkeypatch):
+    plain = get_task("planted")
+    wild = replace(plain, settings=replace(plain.settings, lora_rates=(1e-2, 2e-2, 1e200)))
+    monkeypatch.setitem(tasks.TASKS, "planted", lambda: wild)
+    with np.errstate(all="ignore"):
+        record = lab.compare(replace(TINY, methods=("lora",), ranks=(4,), seeds=1))
+    rates = record["arms"][0]["rates"]
+    assert [r["val_loss"] is None for r in rates] == [False, False, True]
+    assert record["arms"][0]["gain_share"] is None  # no full fine-tuning to compare with
+    with pytest.raises(MiniloraError, match="every rate diverged"):
+        lab.choose("x", [{"lr": 1, "diverged": "why"}])
+
+
+def test_quantized_arms_start_from_codes():
+    config = lab.CompareConfig(methods=("lora", "qlora", "qlora-int4"), ranks=(2,), seeds=1)
+    task = get_task("dates")
+    names = [arm.name for arm in config.arms(task)]
+    assert names == ["lora r=2", "qlora r=2", "qlora-int4 r=2"]
+    sizes = [lab.footprint(arm, task)["bytes"]["weights"] for arm in config.arms(task)]
+    assert sizes[1] < 0.5 * sizes[0]
+    counts = {lab.footprint(arm, task)["trainable"] for arm in config.arms(task)}
+    shares = [lab.footprint(arm, task)["share"] for arm in config.arms(task)]
+    assert len(counts) == 1
+    assert max(shares) == min(shares)  # four bits are no fewer numbers
+
+
+def test_quick_is_the_same_in_small():
+    task = get_task("dates")
+    small = lab.quick(lab.CompareConfig(), task)
+    assert (small.seeds, small.rates, small.ranks) == (1, 1, (1, 4, 16))
+    assert small.steps < task.settings.steps
+    assert len(lab.rates_of(lab.Arm("full"), task, 1)) == 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"methods": ("sgd",)}, "full, lora, qlora, qlora-CODE; found 'sgd'"),
+        ({"methods": ("qlora-nf5",)}, "nf5"),
+        ({"methods": ("lora", "lora")}, "each once"),
+        ({"ranks": ()}, "at least one"),
+        ({"ranks": (0,)}, "whole numbers >= 1"),
+        ({"seeds": 0}, "seeds"),
+        ({"jobs": 0}, "jobs"),
+    ],
+)
+def test_configs_of_no_meaning(options, message):
+    with pytest.raises(MiniloraError, match=message):
+        lab.CompareConfig(**options)
+
+
+# -------------------------------------------------------------------- the command line
+
+
+def minilora(*arguments, cwd=None, env=None):
+    command = [sys.executable, "-m", "minilora", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
+
+
+def test_alone_it_prints_a_screenful():
+    done = minilora()
+    assert done.returncode == 0
+    assert 10 <= len(done.stdout.splitlines()) <= 40
+    assert "compare" in done.stdout
+    assert all(name in done.stdout for name in tasks.TASKS)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["compare", "--task", "dreams"], "dates"),
+        (["compare", "--ranks", "0"], "ranks"),
+        (["compare", "--ranks", "two"], "'two'"),
+        (["compare", "--methods", "magic"], "magic"),
+        (["compare", "--seeds", "0"], "seeds"),
+        (["compare", "--nonsense"], "--nonsense"),
+        (["conpare"], "conpare"),
+        (["pretrain", "dreams"], "dates"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_two(arguments, words, tmp_path):
+    done = minilora(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert words in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_writes_its_record_and_figures(tmp_path):
+    run = ["compare", "--task", "planted", "--quick", "--ranks", "2", "--out", "out"]
+    done = minilora(*run, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    written = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert written == [
+        "compare_planted_quick.json", "memory_planted_quick.png",
+        "rank_vs_quality_planted_quick.png",
+    ]  # fmt: skip
+    assert all(name in done.stdout for name in written)
+    as_json = minilora(*run, "--json", cwd=tmp_path)
+    assert json.loads(as_json.stdout)["kind"] == "compare"
+
+
+def test_without_matplotlib_the_table_still_comes(tmp_path):
+    blocked = tmp_path / "blocked"
+    (blocked / "matplotlib").mkdir(parents=True)
+    (blocked / "matplotlib" / "__init__.py").write_text("raise ImportError('not here')\n")
+    env = os.environ | {"PYTHONPATH": str(blocked)}
+    run = ["compare", "--task", "planted", "--quick", "--ranks", "2", "--jobs", "1"]
+    done = minilora(*run, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "lora r=2" in done.stdout
+    assert 'pip install "minilora[lab]"' in done.stdout
+    assert (tmp_path / "figures" / "compare_planted_quick.json").exists()
+    assert not list((tmp_path / "figures").glob("*.png"))
+
+
+@pytest.mark.slow
+def test_a_short_remake_of_the_date_base_learns():
+    from minilora.train.pretrain import pretrain
+
+    result, score = pretrain("dates", steps=300)
+    assert score > 0.5
+    assert result.history[0]["loss"] > 2 * result.history[-1]["loss"]
+
+
+def test_the_shipped_base_knows_its_dates():
+    task = get_task("dates")
+    assert task.before(task.base()) >= 0.99
+    assert task.score(task.base(), task.splits(0).test.first(100)) == 0

@@ -1,0 +1,81 @@
+"""A long run holds no more at its end than near its beginning, and a step waits for nothing."""
+
+import gc
+import sys
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from minilora import AdamW, TransformerConfig, adapt, freeze, init_transformer, to_device
+from minilora.quant.linear import quantize
+
+CONFIG = TransformerConfig(vocab=11, width=16, layers=1, heads=2, context=16)
+
+
+def model(device, quantized=False):
+    rng = np.random.default_rng(0)
+    base = freeze(init_transformer(CONFIG, rng))
+    base = quantize(base) if quantized else base
+    return to_device(adapt(base, rank=2, rng=rng), device)
+
+
+def step(optimizer, ids, clip=1.0):
+    optimizer.model.loss(ids, ids).backward(into=optimizer.gradients)
+    optimizer.step(divide_by=ids.size, clip=clip)
+
+
+def test_a_thousand_steps_leak_nothing(device, dev):
+    if device != "cpu":
+        pytest.skip("tracemalloc sees host memory alone")
+    optimizer = AdamW(model(device))
+    ids = dev(np.random.default_rng(0).integers(0, 11, (2, 8)))
+    for _ in range(20):
+        step(optimizer, ids)
+    gc.collect()
+    gc.disable()  # cyclic garbage would pile up
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(1000):
+            step(optimizer, ids)
+        assert gc.collect() == 0  # which also empties Python's own lists of free tuples
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    assert grown < 16 * 1024
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_step_makes_no_sync_and_moves_only_its_batch(device, quantized):
+    if device != "cuda" or not hasattr(sys.modules["cupy"], "exp"):
+        pytest.skip("counts are the stand-in's")
+    standin = pytest.importorskip("standin")
+    host_ids = np.random.default_rng(0).integers(0, 11, (2, 8))
+    optimizer = AdamW(model(device, quantized))
+    step(optimizer, to_device(host_ids, device))
+    stats = standin.reset()
+    ids, targets = (to_device(a, device) for a in (host_ids, host_ids))
+    optimizer.model.loss(ids, targets).backward(into=optimizer.gradients)
+    optimizer.step(divide_by=host_ids.size, clip=1.0)
+    assert (stats.syncs, stats.d2h) == (0, 0)
+    assert (stats.h2d, stats.h2d_bytes) == (2, 2 * host_ids.nbytes)
+    first = stats.launches
+    standin.reset()
+    step(optimizer, ids)
+    assert abs(standin.stats.launches - first) <= 2  # the same work every step
+
+
+def test_device_memory_is_given_back(device):
+    if device != "cuda":
+        pytest.skip("counts are the stand-in's")
+    standin = pytest.importorskip("standin")
+    optimizer = AdamW(model(device))
+    ids = to_device(np.random.default_rng(0).integers(0, 11, (2, 8)), device)
+    for _ in range(3):
+        step(optimizer, ids)
+    used = standin.stats.used
+    for _ in range(20):
+        step(optimizer, ids)
+    assert standin.stats.used == used
