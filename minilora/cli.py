@@ -17,6 +17,7 @@ minilora {version}: LoRA and QLoRA from scratch in NumPy.
                               a record and two figures, in about two minutes
   minilora compare --quick    the same in small, in about fifteen seconds
   minilora compare --task T   another task: {tasks}
+  minilora bench              time and memory of a step against torch and PEFT
   minilora gpu-check          with CuPy and a card: is every op right there, and how fast?
   minilora pretrain dates     make the shipped base of the date task again
 
@@ -58,6 +59,18 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     c.set_defaults(run=run_compare)
 
+    b = commands.add_parser("bench", help="time and memory against torch, behind a gate")
+    b.add_argument("--suite", default="step", help="step (default), memory, generate, optimizer, "
+                   "quantize or scaling")  # fmt: skip
+    b.add_argument("--shapes", type=names, help="comma-separated: tiny,S0,S1,S2,S3")
+    b.add_argument("--modes", type=names, help="comma-separated: lora,full,qlora")
+    b.add_argument("--baselines", type=names, help="comma-separated, e.g. torch,hf,primitives")
+    b.add_argument("--threads", type=int, default=2, help="on both sides (default: 2)")
+    b.add_argument("--rounds", type=int, default=7, help="clean rounds wanted (default: 7)")
+    b.add_argument("--out", type=Path, default=Path("figures"), help="folder for what it writes")
+    b.add_argument("--json", action="store_true", help="print the record instead of the table")
+    b.set_defaults(run=run_bench)
+
     g = commands.add_parser("gpu-check", help="every op on a GPU against float64 NumPy")
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--out", type=Path, default=Path("figures/gpu"), help="folder for the record")
@@ -85,6 +98,34 @@ def run_gpu_check(args: argparse.Namespace) -> int:
     replace_file(path, json.dumps(record, indent=1).encode() + b"\n")
     print(f"record   {path}")
     return 0 if record["passed"] else 1
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    from .files.atomic import replace_file
+    from .lab.bench import BenchConfig, bench
+    from .lab.bench_report import bench_figure, bench_report
+
+    config = BenchConfig(
+        suite=args.suite,
+        shapes=args.shapes,
+        modes=args.modes,
+        baselines=args.baselines,
+        threads=args.threads,
+        rounds=args.rounds,
+    )
+    record = bench(config)
+    text = json.dumps(record, indent=1)
+    print(text if args.json else bench_report(record))
+    say: Callable = lambda *words: print(*words, file=sys.stderr if args.json else sys.stdout)  # noqa: E731
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"bench_{config.suite}.json"
+    replace_file(path, text.encode() + b"\n")
+    say(f"\nrecord   {path}")
+    try:
+        say(f"figure   {bench_figure(record, path.with_suffix('.png'))}")
+    except MiniloraError as error:
+        say(error)
+    return 0
 
 
 def run_compare(args: argparse.Namespace) -> int:

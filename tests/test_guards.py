@@ -60,20 +60,24 @@ def test_a_file_is_one_idea(path):
 
 
 OPTIONAL = {"cupy", "matplotlib", "tqdm", "joblib", "threadpoolctl", "nbclient", "nbformat"}
-PEERS = {"torch", "peft", "transformers", "bitsandbytes"}  # benchmarks, in a worker of their own
+PEERS = {"torch", "peft", "transformers", "bitsandbytes"}
+WORKERS = {"bench_torch.py", "bench_peers.py"}  # imported in the peers' own processes alone
 FORBIDDEN = {"pickle", "marshal", "shelve", "urllib", "http", "socket", "requests", "importlib"}
 
 
 @every_file
 def test_only_numpy_is_needed_and_nothing_is_fetched_or_unpickled(path):
     allowed_at_top = {"numpy", "minilora"} | set(sys.stdlib_module_names)
+    if path.name in WORKERS:
+        allowed_at_top |= PEERS
     tree = ast.parse(path.read_text())
     for node in tree.body:
         if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
             assert {n.split(".")[0] for n in names} <= allowed_at_top
     packages = {name.split(".")[0] for name in imports(path)}
-    reads_versions = {"importlib"} if "importlib.metadata" in imports(path) else set()
+    asks_what_is_there = {"importlib.metadata", "importlib.util"} & imports(path)
+    reads_versions = {"importlib"} if asks_what_is_there else set()
     assert not packages & (FORBIDDEN - reads_versions)
     others = packages - allowed_at_top - OPTIONAL
     if path.parent.name == "lab":

@@ -57,9 +57,12 @@ def rank_vs_quality(record: dict[str, Any], path: str | Path) -> Path:
             scores = arm["scores"]
             ax.scatter([place] * len(scores), scores, s=18, color=style["color"], alpha=0.45)
         if base["before"] is not None:
-            kept = f"{label}: {task['before_metric']}"
+            kept = f"{task['before_metric']} (all methods)" if i == 0 else None
             before = [arm["before"] for arm in arms]
-            ax.plot(x, before, color="0.35", ls=":", marker="s", mfc="white", label=kept, zorder=3)
+            marker = MARKS[i % len(MARKS)]
+            ax.plot(
+                x, before, color="0.35", ls=":", marker=marker, mfc="white", label=kept, zorder=3
+            )
     if full is not None:
         ax.axhline(full["mean"], color=BLACK, linewidth=1.4, label="full fine-tuning")
         low, high = min(full["scores"]), max(full["scores"])

@@ -1,0 +1,199 @@
+"""minilora's side of the race, in the worker process: as it ships, and slowed down on purpose."""
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ..engine.errors import MiniloraError
+from ..engine.rules import reference_rules
+from ..engine.tensor import Tensor
+from ..model.generate import generate
+from ..model.module import parameters, rebuild
+from ..optim.adamw import AdamW
+from ..quant.blockwise import quantize_array
+from ..quant.codes import code
+from ..train.parallel import Shards
+from . import bench_primitives
+from .bench_shapes import BETAS, STD, WEIGHT_DECAY, Job, prompts, starting_tree, tokens
+
+OURS = ("minilora", "blas", "reference", "primitives")
+
+
+class Contender:
+    """Built by `build` from what `__init__` drew; then `before`, `step` (timed), `value`, again
+    and again.  `data` is drawn first, so that memory can be counted from after it."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.start, self.data = starting_tree(job), tokens(job)
+        self.losses: list[float] = []
+
+    def build(self) -> None: ...
+
+    def before(self) -> None:
+        """Get ready for a step, untimed."""
+
+    def step(self) -> None: ...
+
+    def value(self) -> list[float]:
+        """What the last step gave, for the gate: it must be what the others get."""
+        return [self.losses[-1]]
+
+    def close(self) -> None: ...
+
+    def products(self) -> tuple[Callable[[], Any], int]:
+        """A call that multiplies (1024, 512) by (512, 1024) on all threads, how many times."""
+        k = self.job.threads
+        a, b = np.ones((1024, 512), np.float32), np.ones((512, 1024), np.float32)
+        outs = [np.empty((1024, 1024), np.float32) for _ in range(k)]
+        pool = ThreadPoolExecutor(k)
+        return lambda: list(pool.map(lambda out: np.matmul(a, b, out=out), outs)), k
+
+
+class OurStep(Contender):
+    """Forward, backward and AdamW over the batch, in one shard a thread."""
+
+    def build(self) -> None:
+        job = self.job
+        shards = 1 if job.contender == "blas" else job.threads
+        model = own_arrays(self.start)
+        self.optimizer = AdamW(model, lr=job.lr, betas=BETAS, weight_decay=WEIGHT_DECAY)
+        self.loss = bench_primitives.loss if job.contender == "primitives" else whole_loss
+        self.rows = np.arange(len(self.data))
+        self.resources = ExitStack()
+        self.resources.enter_context(rules_of(job))
+        self.shards = self.resources.enter_context(Shards(self.optimizer.flat, shards))
+        expect_threads(job, shards if self.shards.pool is not None else 1)
+
+    def step(self) -> None:
+        total, scored = self.shards.add(self.optimizer.model, self.loss, self.data, self.rows, (0,))
+        self.optimizer.step(divide_by=scored)
+        self.losses.append(float(total) / scored)
+
+    def close(self) -> None:
+        self.resources.close()
+
+
+class OurOptimizer(Contender):
+    """AdamW alone, on gradients that are drawn once."""
+
+    def build(self) -> None:
+        self.optimizer = AdamW(
+            own_arrays(self.start), lr=self.job.lr, betas=BETAS, weight_decay=WEIGHT_DECAY
+        )
+        self.drawn = drawn_gradients(self.optimizer.flat.named)
+        self.resources = ExitStack()
+        self.resources.enter_context(rules_of(self.job))
+
+    def before(self) -> None:
+        for path, view in self.optimizer.flat.cut(self.optimizer.flat.grad).items():
+            view[...] = self.drawn[path]
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+    def value(self) -> list[float]:
+        data = self.optimizer.flat.data
+        return [float(np.vdot(data, data)) / data.size]
+
+    def close(self) -> None:
+        self.resources.close()
+
+
+class OurGenerate(Contender):
+    """Greedy tokens with a key-value cache."""
+
+    def build(self) -> None:
+        self.model, self.prompts = own_arrays(self.start), prompts(self.job)
+        self.resources = ExitStack()
+        self.resources.enter_context(rules_of(self.job))
+        expect_threads(self.job, 1)
+
+    def step(self) -> None:
+        self.made = generate(self.model, self.prompts.tolist(), self.job.new_tokens)
+
+    def value(self) -> list[float]:
+        return [float(token) for row in self.made for token in row]
+
+    def close(self) -> None:
+        self.resources.close()
+
+
+def all_weights(job: Job) -> np.ndarray:
+    """As many float32 weights as the linears of the model hold, from N(0, std²)."""
+    model = starting_tree(replace(job, mode="full"))
+    n = sum(math.prod(t.shape) for path, t in parameters(model).items() if t.ndim == 2)
+    return np.random.default_rng(3).standard_normal(n, np.float32) * np.float32(STD)
+
+
+class OurQuantize(Contender):
+    """NF4 with blocks of 64, of all weights at once."""
+
+    def build(self) -> None:
+        self.weights, self.code = all_weights(self.job), code("nf4")
+        self.resources = ExitStack()
+        self.resources.enter_context(rules_of(self.job))
+
+    def step(self) -> None:
+        self.made = quantize_array(self.weights, self.code, 64)
+
+    def value(self) -> list[float]:
+        return [float(self.made.packed[:4096].astype(np.int64).sum())]
+
+    def close(self) -> None:
+        self.resources.close()
+
+
+def contender(job: Job) -> Contender:
+    kinds = {
+        "step": OurStep,
+        "optimizer": OurOptimizer,
+        "generate": OurGenerate,
+        "quantize": OurQuantize,
+    }
+    return kinds[job.kind](job)
+
+
+def own_arrays(tree: Any) -> Any:
+    """The tree with copies of its arrays, as one that was loaded would have."""
+    return rebuild(tree, lambda _, n: type(n)(n.data.copy()) if isinstance(n, Tensor) else n)
+
+
+def whole_loss(model: Any, batch: dict[str, Any], rng: Any = None) -> Tensor:
+    return model.loss(batch["ids"], batch["targets"])
+
+
+def drawn_gradients(named: dict[str, Any]) -> dict[str, np.ndarray]:
+    """{path: gradient} from seed 2, in the order of the paths."""
+    rng = np.random.default_rng(2)
+    return {path: rng.standard_normal(named[path].shape, np.float32) for path in sorted(named)}
+
+
+def rules_of(job: Job) -> AbstractContextManager:
+    return reference_rules() if job.contender == "reference" else nullcontext()
+
+
+def expect_threads(job: Job, workers: int) -> None:
+    """The threads at work are those asked for.  Errors: `MiniloraError` if not.
+
+    `workers` Python threads with BLAS at one each, or one with BLAS at `job.threads`.
+    """
+    try:
+        from threadpoolctl import threadpool_info
+    except ImportError:
+        if job.threads == 1:
+            return
+        raise MiniloraError(
+            'bench on several threads needs threadpoolctl: pip install "minilora[fast]"'
+        ) from None
+    blas = {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+    wanted = {1} if workers == job.threads else {job.threads}
+    if workers not in (1, job.threads) or blas - wanted:
+        raise MiniloraError(
+            f"bench: expected {job.threads} threads, found {workers} with BLAS at {sorted(blas)}"
+        )

@@ -1,0 +1,144 @@
+"""A worker: one process, one library, and a pipe over which it is told when to run.
+
+`Worker` is the end that asks; `python -m minilora.lab.bench_worker` is the end that answers.
+Requests and answers are lines of JSON.  Never two libraries' threads in one process: idle
+ones that spin would take the processors from those at work.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from typing import Any
+
+from ..engine.errors import MiniloraError
+from .bench_shapes import Job, Shape
+from .machine import Load, Peak, sgemm_ceiling
+
+
+class Worker:
+    """A process that is ready to run the steps of one job.  Use as a context manager.
+
+    Errors: `MiniloraError` with the worker's own words when it fails or dies.
+    """
+
+    def __init__(self, job: Job):
+        self.job = job
+        blas = job.threads if job.contender in BLAS_THREADED or job.kind == "generate" else 1
+        threads = {f"{name}_NUM_THREADS": str(blas) for name in ("OPENBLAS", "MKL", "BLIS")}
+        threads["OMP_NUM_THREADS"] = str(job.threads if is_theirs(job) else blas)
+        self.words = tempfile.TemporaryFile()  # noqa: SIM115  (closed by __exit__)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "minilora.lab.bench_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.words,
+            env=os.environ | threads,
+            start_new_session=True,  # Ctrl-C reaches us alone, and we close it
+            text=True,
+        )
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.words.close()
+
+    def ask(self, command: str, **options: Any) -> dict[str, Any]:
+        try:
+            self.process.stdin.write(json.dumps({"command": command} | options) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        answer = json.loads(line) if line else {"error": self.last_words()}
+        if "error" in answer:
+            raise MiniloraError(f"bench: {self.job.contender}: {answer['error']}")
+        return answer
+
+    def prepare(self) -> dict[str, Any]:
+        """Import, draw, build; `{"versions": ...}`."""
+        return self.ask("prepare", job=asdict(self.job))
+
+    def run(self, steps: int) -> dict[str, Any]:
+        """Seconds of `steps` steps by the clock ("wall") and of this process ("cpu"), the
+        share of the processors that others took, and a list of values for the gate."""
+        return self.ask("run", steps=steps)
+
+    def last_words(self) -> str:
+        self.words.seek(0)
+        lines = self.words.read().decode(errors="replace").strip().splitlines()
+        return f"the worker ended: {lines[-1] if lines else 'without a word'}"
+
+
+BLAS_THREADED = ("blas",)
+
+
+def is_theirs(job: Job) -> bool:
+    from .bench_ours import OURS
+
+    return job.contender not in OURS
+
+
+class Answering:
+    """The other end: what is asked for, done by the contender of the job."""
+
+    def prepare(self, job: dict[str, Any]) -> dict[str, Any]:
+        self.job = Job(**(job | {"shape": Shape(**job["shape"])}))
+        if is_theirs(self.job):
+            import peft
+            import torch
+            import transformers
+
+            from .bench_torch import contender
+
+            libraries = {m.__name__: m.__version__ for m in (torch, peft, transformers)}
+        else:
+            from .bench_ours import contender
+
+            libraries = {}
+        self.contender = contender(self.job)
+        self.peak = Peak()
+        self.contender.build()
+        return {"versions": libraries}
+
+    def run(self, steps: int) -> dict[str, Any]:
+        load, values, wall, cpu = Load(), [], 0.0, 0.0
+        for _ in range(steps):
+            self.contender.before()
+            began, used = time.perf_counter(), time.process_time()
+            self.contender.step()
+            wall += time.perf_counter() - began
+            cpu += time.process_time() - used
+            values.append(self.contender.value())
+        return {"wall": wall, "cpu": cpu, "others": load.others(), "values": values}
+
+    def memory(self) -> dict[str, Any]:
+        """Peak bytes since the data were drawn."""
+        return {"bytes": self.peak.bytes()}
+
+    def ceiling(self) -> dict[str, Any]:
+        return {"gflops": sgemm_ceiling(*self.contender.products())}
+
+
+def main() -> None:
+    """Answer line by line until the pipe closes.  What libraries print goes to stderr."""
+    pipe = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    answering = Answering()
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = getattr(answering, request.pop("command"))(**request)
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=pipe, flush=True)
+
+
+if __name__ == "__main__":
+    main()

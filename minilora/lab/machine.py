@@ -1,0 +1,111 @@
+"""What a figure was measured on: processor, libraries, other load, memory of this process."""
+
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import __version__
+
+
+class Load:
+    """Who else uses the processors: busy time of the machine less that of this process.
+
+    `others()` is their share of all processors since the last call, between 0 and 1; None
+    where there is no /proc/stat.  The kernel counts in ticks of 10 ms.
+    """
+
+    def __init__(self) -> None:
+        self.last = self.reading()
+
+    def others(self) -> float | None:
+        before, self.last = self.last, self.reading()
+        if before is None or self.last is None:
+            return None
+        wall, busy, own = (now - then for now, then in zip(self.last, before, strict=True))
+        return max(0.0, busy - own) / max(1e-9, wall * (os.cpu_count() or 1))
+
+    @staticmethod
+    def reading() -> tuple[float, float, float] | None:
+        """Seconds: on the clock, of busy processors, and of this process and its children."""
+        try:
+            fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        except OSError:
+            return None
+        user, nice, system, _, _, irq, softirq, steal = (int(f) for f in fields)
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), busy, sum(os.times()[:4])
+
+
+class Peak:
+    """Bytes that this process held at most since `Peak()`, beyond what it held then."""
+
+    def __init__(self) -> None:
+        with suppress(OSError):  # where it fails, an import's own peak may hide a small one
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        self.base = memory("VmRSS")
+
+    def bytes(self) -> int:
+        return max(0, memory("VmHWM") - self.base)
+
+
+def memory(field: str) -> int:
+    """A line of /proc/self/status in bytes; elsewhere the peak that getrusage knows."""
+    try:
+        text = Path("/proc/self/status").read_text()
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if platform.system() == "Darwin" else peak << 10
+    return int(text.partition(f"{field}:")[2].split()[0]) << 10
+
+
+def sgemm_ceiling(products: Callable[[], Any], count: int, seconds: float = 0.5) -> float:
+    """GFLOP/s of the best call of `products`: `count` times (1024, 512) by (512, 1024)."""
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        products()
+        best = min(best, time.perf_counter() - began)
+    return count * 2 * 1024 * 512 * 1024 / best / 1e9
+
+
+def processor() -> str:
+    """The model of the CPU, as the kernel names it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def blas() -> str:
+    """NumPy's BLAS: its name, version and the kernels that it chose."""
+    try:
+        from threadpoolctl import threadpool_info
+    except ImportError:
+        found = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+        return f"{found['name']} {found['version']}"
+    for pool in threadpool_info():
+        if pool["user_api"] == "blas":
+            return f"{pool['internal_api']} {pool['version']} ({pool.get('architecture', '?')})"
+    return "unknown"
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "cpu": processor(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.machine()} {platform.system()}",
+        "blas": blas(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "minilora": __version__,
+    }

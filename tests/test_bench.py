@@ -1,0 +1,211 @@
+"""The race is fair: a gate before any ratio, dirty rounds dropped, both sides told the same."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from minilora import MiniloraError, freeze
+from minilora.lab import bench, bench_primitives
+from minilora.lab.bench_report import bench_figure, bench_report
+from minilora.lab.bench_shapes import SHAPES, Job, flops, starting_tree, tokens
+from minilora.lab.bench_worker import Worker
+
+
+@pytest.fixture(autouse=True)
+def host_only(device):
+    if device != "cpu":
+        pytest.skip("runs on the host")
+
+
+TURN = {"wall": 0.2, "cpu": 0.3, "others": 0.0, "values": [[1.0]]}
+
+
+def turns(*pairs, others=0.0):
+    return [TURN | {"wall": wall, "cpu": cpu, "others": others} for wall, cpu in pairs]
+
+
+def test_a_ratio_is_the_median_of_ratios_within_a_round():
+    rounds = [turns((1, 1), (2, 4)), turns((10, 1), (40, 4)), turns((3, 1), (3, 4))]
+    mine = bench.figures(rounds, 1, 2, "wall")
+    assert mine["ratio"] == 0.5  # of 1/2, 1/4 and 1
+    assert mine["ratio_range"] == [0.25, 1.0]
+    assert mine["ms"] == 1500.0
+    assert bench.figures(rounds, 1, 2, "cpu")["ratio"] == 0.25
+    assert "ratio" not in bench.figures(rounds, 0, 2, "wall")
+    assert bench.figures([], 1, 2, "wall") == {}
+
+
+def test_a_dirty_round_is_none():
+    assert bench.is_clean(turns((1, 1), others=0.01), 0.07)
+    assert not bench.is_clean(turns((1, 1), others=0.2), 0.07)
+    assert not bench.is_clean([TURN | {"others": None}], 0.07)  # unknown is not clean
+    config = bench.BenchConfig(rounds=3)
+    clean, dirty = turns((1, 1)), turns((1, 1), others=1.0)
+    assert bench.enough([clean] * 3, config, "wall")
+    assert not bench.enough([clean, clean, dirty], config, "wall")
+    assert bench.enough([dirty] * 3, config, "wall")  # never quiet: given up
+    assert bench.enough([clean] + [dirty] * 8, config, "wall")
+    assert bench.enough([dirty] * 3, config, "cpu")
+
+
+@pytest.mark.parametrize("gap, passed", [(0, True), (9e-5, True), (2e-4, False), (np.nan, False)])
+def test_the_gate(gap, passed):
+    ours = {"contender": "minilora", "values": [[1.0], [2.0]]}
+    row = {"contender": "torch", "values": [[1.0], [2.0 + gap]]}
+    assert bench.passes(row, ours) == passed
+
+
+def test_a_contender_that_computes_something_else_gets_no_ratio(monkeypatch):
+    """A planted fault: our own specification with another learning rate."""
+    first = Job("minilora", SHAPES["tiny"], threads=1)
+    wrong = Job("reference", SHAPES["tiny"], threads=1, lr=1e-1)
+    right = Job("reference", SHAPES["tiny"], threads=1)
+    monkeypatch.setattr(bench, "TURN", 0.01)
+    config = bench.BenchConfig(rounds=1, threads=1)
+    found = bench.race([first, wrong, right], config, measure="cpu")
+    rows = found["rows"]
+    assert rows[1]["passed"] is False
+    assert "ratio" not in rows[1]
+    assert rows[2]["passed"]
+    assert rows[2]["ratio"] > 0
+
+
+def test_a_worker_that_fails_says_why():
+    job = Job("minilora", SHAPES["tiny"], kind="generate")
+    with Worker(job) as worker, pytest.raises(MiniloraError, match="longer than the 32 new tokens"):
+        worker.prepare()
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("shape", ["tiny", "llama"])
+def test_the_primitives_compute_the_same_function(mode, shape):
+    from dataclasses import replace
+
+    shapes = {"tiny": SHAPES["tiny"], "llama": replace(SHAPES["tiny"], key_heads=1, hidden=40)}
+    job = Job("minilora", shapes[shape], mode=mode)
+    model, batch = starting_tree(job), tokens(job).arrays
+    ours = model.loss(batch["ids"], batch["targets"])
+    theirs = bench_primitives.loss(model, batch)
+    assert abs(ours.item() / theirs.item() - 1) <= 1e-5
+    a, b = ours.backward(), theirs.backward()
+    assert a.keys() == b.keys()
+    for p in a:
+        assert np.abs(a[p] - b[p]).max() <= 1e-3 * (1 + np.abs(b[p]).max())
+
+
+def test_four_bits_stand_under_the_same_adapters():
+    lora, qlora = (
+        starting_tree(Job("minilora", SHAPES["tiny"], mode=m)) for m in ("lora", "qlora")
+    )
+    a, b = lora.blocks[0].mlp.up, qlora.blocks[0].mlp.up
+    assert np.array_equal(a.A.data, b.A.data)
+    assert np.array_equal(a.B.data, b.B.data)
+    assert type(freeze(b).base).__name__ == "QuantizedLinear"
+
+
+def test_operations_are_counted_by_hand_once():
+    """One block, width 2, so that every product can be written down."""
+    from minilora.lab.bench_shapes import Shape
+
+    shape = Shape(batch=1, time=3, vocab=5, width=2, layers=1, heads=1)
+    linears = 2 * 3 * (2 * 6 + 2 * 2 + 2 * 8 + 8 * 2)  # forward: qkv, output, up, down
+    head = 2 * 3 * 5 * 2
+    attention = 7 * 2 * 6 * 2
+    assert flops(Job("minilora", shape, mode="full")) == 3 * (linears + head) + attention
+    skinny = 2 * 3 * 8 * 2 * sum((2 + 6, 2 + 2, 2 + 8, 8 + 2))
+    back = linears - 2 * 3 * 2 * 6  # no dx below the lowest adapter
+    assert flops(Job("minilora", shape)) == linears + back + 2 * head + skinny + attention
+
+
+# ---------------------------------------------------------------- without torch, in print
+
+
+@pytest.fixture(scope="module")
+def record():
+    names = ("torch", "transformers", "peft", "bitsandbytes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "missing", lambda: list(names))
+        patch.setattr(bench, "TURN", 0.01)
+        config = bench.BenchConfig(
+            shapes=("tiny",), modes=("lora",), rounds=1, threads=1, patience=0.1,
+            baselines=("torch", "primitives", "reference"), quiet=1.0,
+        )  # fmt: skip
+        return json.loads(json.dumps(bench.bench(config)))
+
+
+def test_without_torch_it_benches_ourselves_and_says_what_to_install(record):
+    (case,) = record["cases"]
+    assert [row["contender"] for row in case["rows"]] == ["minilora", "primitives", "reference"]
+    assert all(row["passed"] and row["ratio"] > 0 for row in case["rows"][1:])
+    assert case["clean"] == 1
+    assert case["gflop"] > 0
+    assert record["ceilings"]["numpy"] > 1
+    assert {"cpu", "cores", "blas", "numpy", "python"} <= set(record["machine"])
+    text = bench_report(record)
+    assert 'torch, transformers, peft, bitsandbytes: pip install "minilora[peers]"' in text
+    assert "our primitives" in text
+
+
+def test_the_report_refuses_and_owns_up(record):
+    other = json.loads(json.dumps(record))
+    row = other["cases"][0]["rows"][1]
+    row |= {"passed": False, "gap": 0.5}
+    del row["ratio"], row["ratio_range"]
+    other["cases"][0]["measure"] = "cpu"
+    other["cases"][0]["rows"][2]["error"] = "it fell over"
+    text = bench_report(other)
+    assert "REFUSED" in text
+    assert "CPU times on one thread instead" in text
+    assert "failed at tiny lora: it fell over" in text
+
+
+@pytest.mark.parametrize("suite", ["step", "scaling", "memory"])
+def test_its_figures(record, tmp_path, suite):
+    drawn = json.loads(json.dumps(record))
+    drawn["config"]["suite"] = suite
+    for case in drawn["cases"]:
+        case |= {"axis": "batch", "value": 4}
+        for row in case["rows"]:
+            row |= {"bytes": 1 << 20, "bytes_ratio": 0.5}
+    path = bench_figure(drawn, tmp_path / "bench.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"suite": "speed"}, "suite: expected some of step"),
+        ({"shapes": ("S9",)}, "shapes: .*'S9'"),
+        ({"modes": ("half",)}, "modes"),
+        ({"baselines": ("jax",)}, "baselines"),
+        ({"rounds": 0}, "rounds"),
+        ({"threads": 0}, "threads"),
+    ],
+)
+def test_configs_of_no_meaning(options, message):
+    with pytest.raises(MiniloraError, match=message):
+        bench.BenchConfig(**options)
+
+
+def test_the_command_refuses_in_one_line():
+    command = [sys.executable, "-m", "minilora", "bench", "--suite", "speed"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.peers
+def test_torch_passes_the_gate(monkeypatch):
+    pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(bench, "TURN", 0.01)
+    config = bench.BenchConfig(
+        shapes=("tiny",), modes=("lora", "full"), rounds=1, threads=1, patience=0.1,
+        baselines=("torch", "hf"), quiet=1.0,
+    )  # fmt: skip
+    for case in bench.bench(config)["cases"]:
+        assert [row["contender"] for row in case["rows"]] == ["minilora", "torch", "hf"]
+        assert all(row.get("passed", True) and "error" not in row for row in case["rows"])
