@@ -19,7 +19,8 @@ minilora {version}: LoRA and QLoRA from scratch in NumPy.
   minilora compare --task T   another task: {tasks}
   minilora bench              time and memory of a step against torch and PEFT
   minilora gpu-check          with CuPy and a card: is every op right there, and how fast?
-  minilora pretrain dates     make the shipped base of the date task again
+  minilora compare --data F   fine-tune the shipped text model on a text file of yours
+  minilora pretrain dates     make a shipped base again
 
 Each takes --help.  The README says what to read, and in which order.
 """
@@ -50,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
 
     c = commands.add_parser("compare", help="full fine-tuning against LoRA, rank by rank")
     c.add_argument("--task", default="dates", help="which task (default: dates)")
+    c.add_argument("--data", type=Path, help="a text file of your own, instead of a task")
     c.add_argument("--methods", type=names, help="comma-separated: full,lora,qlora,qlora-fp4,...")
     c.add_argument("--ranks", type=whole_numbers, help="comma-separated, e.g. 1,2,4,8")
     c.add_argument("--seeds", type=int, default=3, help="how many seeds are reported (default: 3)")
@@ -77,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     g.set_defaults(run=run_gpu_check)
 
     p = commands.add_parser("pretrain", help="make a shipped base again")
-    p.add_argument("base", help="which base: dates")
+    p.add_argument("base", help="which base: dates, digits, facts, letters or text")
     p.add_argument("--steps", type=int, help="shorter or longer than the recipe")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, help="file to write (default: where the base ships)")
@@ -133,8 +135,9 @@ def run_compare(args: argparse.Namespace) -> int:
     from .lab import compare, figures
     from .lab.report import report
 
+    name = args.task if args.data is None else f"data:{args.data}"
     config = compare.CompareConfig(
-        task=args.task,
+        task=name,
         methods=args.methods,
         ranks=args.ranks,
         seeds=args.seeds,
@@ -148,10 +151,11 @@ def run_compare(args: argparse.Namespace) -> int:
     print(text if args.json else report(record))
 
     say: Callable = lambda *words: print(*words, file=sys.stderr if args.json else sys.stdout)  # noqa: E731
-    suffix = "" if config.task == "dates" else f"_{config.task}"
-    suffix += "_quick" if args.quick else ""
+    name = args.task if args.data is None else args.data.stem
+    quick = "_quick" if args.quick else ""
+    suffix = quick if name == "dates" else f"_{name}{quick}"
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"compare_{config.task}{'_quick' if args.quick else ''}.json"
+    path = args.out / f"compare_{name}{quick}.json"
     replace_file(path, text.encode() + b"\n")
     say(f"\nrecord   {path}")
     try:

@@ -7,7 +7,6 @@ import numpy as np
 
 from ..engine.errors import FormatError
 from ..model.module import freeze, rebuild, tensors
-from ..model.transformer import Transformer, TransformerConfig, init_transformer
 from . import safetensors
 
 DATA = Path(__file__).parent.parent / "data"
@@ -38,7 +37,6 @@ def load_tree(path: str | Path, skeleton: Any) -> Any:
     return rebuild(skeleton, lambda _, node: new.get(id(node), node))
 
 
-def shipped_transformer(name: str, config: TransformerConfig) -> Transformer:
+def shipped_tree(name: str, skeleton: Any) -> Any:
     """The frozen base `minilora/data/NAME.safetensors`, made by `minilora pretrain NAME`."""
-    skeleton = freeze(init_transformer(config, np.random.default_rng(0)))
-    return load_tree(DATA / f"{name}.safetensors", skeleton)
+    return load_tree(DATA / f"{name}.safetensors", freeze(skeleton))

@@ -232,6 +232,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
             "metric": task.metric,
             "lower_is_better": task.lower_is_better,
             "before_metric": task.before_metric,
+            "per_parameter": task.per_parameter,
             "steps": config.steps or task.settings.steps,
             "batch": task.settings.batch,
         },

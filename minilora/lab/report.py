@@ -11,6 +11,8 @@ def report(record: dict[str, Any]) -> str:
     header = ["method", "trainable", "share", "lr", task["metric"], "of full gain"]
     if base["before"] is not None:
         header.append(task["before_metric"])
+    if task.get("per_parameter"):
+        header.append(task["per_parameter"])
     header += ["weights", "gradients", "optimizer", "activations", "ms/step"]
     lines = [base_row(header, record)]
     for arm in record["arms"]:
@@ -25,6 +27,8 @@ def report(record: dict[str, Any]) -> str:
         ]
         if base["before"] is not None:
             row.append(number(arm["before"]))
+        if task.get("per_parameter"):
+            row.append(number(arm["mean"] / arm["trainable"]))
         sizes = arm["bytes"]
         row += [size(sizes[k]) for k in ("weights", "gradients", "optimizer", "activations")]
         row.append(f"{arm['ms_per_step']:.1f}")

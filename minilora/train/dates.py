@@ -8,8 +8,8 @@ import numpy as np
 
 from ..engine.errors import MiniloraError
 from ..engine.loss import IGNORE
-from ..files.trees import shipped_transformer
-from ..model.transformer import TransformerConfig
+from ..files.trees import shipped_tree
+from ..model.transformer import TransformerConfig, init_transformer
 from .data import Batch, Data
 from .task import Settings, Splits, Task, argmax_hits
 
@@ -94,7 +94,7 @@ def task(form: str = "mon") -> Task:
         name="dates",
         about="a character transformer learns to write 'Sep 10, 2026' where it wrote ISO dates",
         metric="exact match",
-        base=lambda: shipped_transformer("dates", CONFIG),
+        base=lambda: shipped_tree("dates", init_transformer(CONFIG, np.random.default_rng(0))),
         splits=lambda seed: splits(seed, form),
         loss=loss,
         score=exact_match,

@@ -10,7 +10,7 @@ from ..engine.errors import MiniloraError
 from ..model.transformer import TransformerConfig, init_transformer
 from ..optim.adamw import AdamW
 from ..optim.schedule import schedule
-from . import dates
+from . import dates, digits, facts, letters, text
 from .data import Data
 from .loop import Fit, fit
 from .parallel import Loss
@@ -19,28 +19,71 @@ from .task import Splits
 
 @dataclass(frozen=True)
 class Recipe:
-    """A base: its shape, what it learns, and for how long."""
+    """A base: how it starts, what it learns, and for how long."""
 
-    config: TransformerConfig
+    start: Callable[[np.random.Generator], Any]
     splits: Callable[[], Splits]
     loss: Loss
     score: Callable[[Any, Data], float]
     steps: int
     batch: int
     lr: float
-    std: float  # of the initial weights
+
+
+def transformer(config: TransformerConfig, std: float = 0.1) -> Callable:
+    return lambda rng: init_transformer(config, rng, std)
+
+
+def same(data: Data) -> Splits:
+    """All parts alike: what is learned by heart is tested on itself."""
+    return Splits(data, data, data)
 
 
 RECIPES = {
     "dates": Recipe(
-        dates.CONFIG,
+        transformer(dates.CONFIG),
         lambda: dates.splits(0, "iso", 8192),
         dates.loss,
         dates.exact_match,
         steps=800,
         batch=64,
         lr=3e-3,
-        std=0.1,
+    ),
+    "digits": Recipe(
+        digits.new_net,
+        lambda: digits.splits(0),
+        digits.loss,
+        digits.accuracy,
+        steps=500,
+        batch=100,
+        lr=3e-3,
+    ),
+    "facts": Recipe(
+        transformer(facts.CONFIG),
+        lambda: same(facts.facts(0, 512)),
+        facts.loss,
+        facts.bits,
+        steps=1000,
+        batch=256,
+        lr=5e-3,
+    ),
+    "letters": Recipe(
+        transformer(letters.CONFIG),
+        lambda: letters.splits("copy", 0),
+        letters.loss,
+        letters.accuracy,
+        steps=700,
+        batch=64,
+        lr=3e-3,
+    ),
+    "text": Recipe(
+        transformer(text.CONFIG),
+        lambda: text.cut(text.shipped_text("shakespeare")),
+        text.loss,
+        text.nats,
+        steps=2500,
+        batch=32,
+        lr=4e-3,
     ),
 }
 
@@ -55,7 +98,7 @@ def pretrain(name: str, *, steps: int | None = None, seed: int = 0) -> tuple[Fit
     recipe = RECIPES[name]
     data = recipe.splits()
     steps = recipe.steps if steps is None else steps
-    model = init_transformer(recipe.config, np.random.default_rng(seed), recipe.std)
+    model = recipe.start(np.random.default_rng(seed))
     optimizer = AdamW(model, lr=recipe.lr, betas=(0.9, 0.99))
     result = fit(
         optimizer,

@@ -59,6 +59,7 @@ class Task:
     before: Callable[[Any], float] | None = None
     before_metric: str = ""
     lower_is_better: bool = False
+    per_parameter: str = ""  # what score / trainable parameters is called, where that says much
     facts: dict[str, Any] = field(default_factory=dict)  # what a test or a figure may need
 
 
