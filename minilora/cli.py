@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,7 +18,10 @@ minilora {version}: LoRA and QLoRA from scratch in NumPy.
                               a record and two figures, in about two minutes
   minilora compare --quick    the same in small, in about fifteen seconds
   minilora compare --task T   another task: {tasks}
+  minilora forgetting         what is learned against what is forgotten, as paths
+  minilora swap               four adapters on one frozen base
   minilora bench              time and memory of a step against torch and PEFT
+  minilora book               run the chapters again and write them back
   minilora gpu-check          with CuPy and a card: is every op right there, and how fast?
   minilora compare --data F   fine-tune the shipped text model on a text file of yours
   minilora pretrain dates     make a shipped base again
@@ -61,6 +65,18 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     c.set_defaults(run=run_compare)
 
+    for name, text in (
+        ("forgetting", "what is learned against what is forgotten, as paths"),
+        ("swap", "four adapters on one frozen base, each asked for every task"),
+    ):
+        e = commands.add_parser(name, help=text)
+        e.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
+        e.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
+        e.add_argument(
+            "--out", type=Path, default=Path("figures"), help="folder for what it writes"
+        )
+        e.set_defaults(run=run_experiment)
+
     b = commands.add_parser("bench", help="time and memory against torch, behind a gate")
     b.add_argument("--suite", default="step", help="step (default), memory, generate, optimizer, "
                    "quantize or scaling")  # fmt: skip
@@ -72,6 +88,13 @@ def parser() -> argparse.ArgumentParser:
     b.add_argument("--out", type=Path, default=Path("figures"), help="folder for what it writes")
     b.add_argument("--json", action="store_true", help="print the record instead of the table")
     b.set_defaults(run=run_bench)
+
+    k = commands.add_parser("book", help="execute chapters and write them back, the same each time")
+    k.add_argument("chapters", nargs="*", type=Path, help="notebooks (default: all of chapters/)")
+    k.add_argument("--from", dest="draft", type=Path, help="make the one notebook from a draft")
+    k.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    k.add_argument("--fast", action="store_true", help="every cell, with shorter runs")
+    k.set_defaults(run=run_book)
 
     g = commands.add_parser("gpu-check", help="every op on a GPU against float64 NumPy")
     g.add_argument("--seed", type=int, default=0)
@@ -85,6 +108,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, help="file to write (default: where the base ships)")
     p.set_defaults(run=run_pretrain)
     return top
+
+
+def run_book(args: argparse.Namespace) -> int:
+    from .book.write import write_chapters
+
+    chapters = args.chapters or sorted(Path("chapters").glob("*.ipynb"))
+    if not chapters or (args.draft and len(chapters) != 1):
+        wanted = "one notebook to make" if args.draft else "notebooks, or a folder chapters/"
+        raise MiniloraError(f"book: expected {wanted}, found {len(chapters)}")
+    for path in write_chapters(chapters, args.draft, args.device, args.fast):
+        print(f"wrote {path}")
+    return 0
 
 
 def run_gpu_check(args: argparse.Namespace) -> int:
@@ -102,8 +137,39 @@ def run_gpu_check(args: argparse.Namespace) -> int:
     return 0 if record["passed"] else 1
 
 
-def run_bench(args: argparse.Namespace) -> int:
+def run_experiment(args: argparse.Namespace) -> int:
+    """An experiment without further options: run, print, write the record, draw."""
+    from .lab import forgetting, swap, task_figures
+
+    run, config, report, draw = {
+        "forgetting": (
+            forgetting.forgetting, forgetting.ForgettingConfig,
+            forgetting.forgetting_report, task_figures.forgetting_figure,
+        ),
+        "swap": (swap.swap, swap.SwapConfig, swap.swap_report, task_figures.swap_figure),
+    }[args.command]  # fmt: skip
+    if args.seeds < 1 or args.jobs < 1:
+        raise MiniloraError(f"expected seeds and jobs >= 1, found {args.seeds} and {args.jobs}")
+    record = run(config(seeds=args.seeds, jobs=args.jobs))
+    print(report(record))
+    write_record(record, args.out / f"{args.command}.json", draw)
+    return 0
+
+
+def write_record(record: dict, path: Path, draw: Callable, say: Callable = print) -> None:
+    """The record, and its figure beside it; where matplotlib is missing, what to install."""
     from .files.atomic import replace_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, json.dumps(record, indent=1).encode() + b"\n")
+    say(f"\nrecord   {path}")
+    try:
+        say(f"figure   {draw(record, path.with_suffix('.png'))}")
+    except MiniloraError as error:
+        say(error)
+
+
+def run_bench(args: argparse.Namespace) -> int:
     from .lab.bench import BenchConfig, bench
     from .lab.bench_report import bench_figure, bench_report
 
@@ -116,17 +182,9 @@ def run_bench(args: argparse.Namespace) -> int:
         rounds=args.rounds,
     )
     record = bench(config)
-    text = json.dumps(record, indent=1)
-    print(text if args.json else bench_report(record))
-    say: Callable = lambda *words: print(*words, file=sys.stderr if args.json else sys.stdout)  # noqa: E731
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"bench_{config.suite}.json"
-    replace_file(path, text.encode() + b"\n")
-    say(f"\nrecord   {path}")
-    try:
-        say(f"figure   {bench_figure(record, path.with_suffix('.png'))}")
-    except MiniloraError as error:
-        say(error)
+    print(json.dumps(record, indent=1) if args.json else bench_report(record))
+    say = partial(print, file=sys.stderr if args.json else sys.stdout)
+    write_record(record, args.out / f"bench_{config.suite}.json", bench_figure, say)
     return 0
 
 
@@ -150,7 +208,7 @@ def run_compare(args: argparse.Namespace) -> int:
     text = json.dumps(record, indent=1)
     print(text if args.json else report(record))
 
-    say: Callable = lambda *words: print(*words, file=sys.stderr if args.json else sys.stdout)  # noqa: E731
+    say = partial(print, file=sys.stderr if args.json else sys.stdout)
     name = args.task if args.data is None else args.data.stem
     quick = "_quick" if args.quick else ""
     suffix = quick if name == "dates" else f"_{name}{quick}"

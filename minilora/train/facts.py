@@ -58,8 +58,8 @@ def task(n: int = 1024) -> Task:
         settings=Settings(
             steps=1000,
             batch=256,
-            full_rates=(2.5e-3, 5e-3, 1e-2),
-            lora_rates=(2.5e-3, 5e-3, 1e-2),
+            full_rates=(2.5e-3, 5e-3, 1e-2, 2e-2),
+            lora_rates=(2.5e-3, 5e-3, 1e-2, 2e-2),
             warmup=0.05,
             ranks=(1, 2, 4, 8),
         ),

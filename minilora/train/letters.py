@@ -88,8 +88,8 @@ def task(way: str, head_only: bool = False) -> Task:
         settings=Settings(
             steps=400,
             batch=48,
-            full_rates=(1e-3, 2e-3, 4e-3),
-            lora_rates=(4e-3, 8e-3, 1.6e-2, 3.2e-2) if head_only else (2e-3, 4e-3, 8e-3),
+            full_rates=(1e-3, 2e-3, 4e-3, 8e-3),
+            lora_rates=(1.6e-2, 3.2e-2, 6.4e-2, 0.128) if head_only else (2e-3, 4e-3, 8e-3, 1.6e-2),
             targets=("head",) if head_only else "all-linear",
             ranks=(1, 2, 3, 4, 8) if head_only else (1, 2, 4, 8),
         ),

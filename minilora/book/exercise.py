@@ -1,0 +1,151 @@
+"""An exercise: a statement, a blank, and a checker that answers with a counterexample."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..engine.backend import to_numpy
+from ..engine.tensor import Tensor
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit on what an answer may use: `used(answer, arguments)` at most `limit(arguments)`."""
+
+    what: str  # "bytes kept", "multiplications"
+    used: Callable[[Callable, tuple], float]
+    limit: Callable[[tuple], float]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the checker found: passed, failed, or nothing to check yet."""
+
+    state: str  # "passed", "failed", "open"
+    message: str
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """A question whose answer is a function.
+
+    `check(answer)` calls it on cases drawn by `draw(rng)`, compares with `solution`, relative
+    to the size of the right value, and prints the first case in which they differ.  `wrong`
+    is a plausible wrong answer; a test holds that it fails and that `solution` passes.
+    """
+
+    name: str
+    statement: str
+    hint: str
+    draw: Callable[[np.random.Generator], tuple]
+    solution: Callable
+    wrong: Callable
+    tolerance: float = 1e-6
+    cases: int = 20
+    budget: Budget | None = None
+    labels: tuple[str, ...] = field(default=())  # names of the arguments, in print
+
+    def verdict(self, answer: Callable) -> Verdict:
+        """Passed, failed with a counterexample, or open where the blank is not filled."""
+        for seed in range(self.cases):
+            arguments = self.draw(np.random.default_rng(seed))
+            right = self.solution(*arguments)
+            try:
+                found = answer(*arguments)
+            except NotImplementedError:
+                return self.still_open()
+            except Exception as error:
+                return self.failed(seed, arguments, right, f"{type(error).__name__}: {error}")
+            if found is ... or (found is None and right is not None):
+                return self.still_open()
+            if not near(found, right, self.tolerance):
+                return self.failed(seed, arguments, right, found)
+            if self.budget is not None:
+                used, limit = self.budget.used(answer, arguments), self.budget.limit(arguments)
+                if used > limit:
+                    return Verdict(
+                        "failed",
+                        f"Exercise {self.name}: right, but not within the budget of "
+                        f"{limit:,.0f} {self.budget.what}: yours takes {used:,.0f}.",
+                    )
+        within = "" if self.budget is None else f", within the budget of {self.budget.what}"
+        return Verdict("passed", f"Exercise {self.name}: right in {self.cases} cases{within}.")
+
+    def check(self, answer: Callable) -> None:
+        """Print the verdict.  An open or a wrong answer is no error: the notebook runs on."""
+        print(self.verdict(answer))
+
+    def still_open(self) -> Verdict:
+        return Verdict("open", f"Exercise {self.name} is still open.  Hint: {self.hint}")
+
+    def failed(self, case: int, arguments: tuple, right: Any, found: Any) -> Verdict:
+        names = self.labels or tuple(f"argument {i + 1}" for i in range(len(arguments)))
+        lines = [f"Exercise {self.name}: not yet.  Case {case}:"]
+        lines += [f"  {n} = {shown(a)}" for n, a in zip(names, arguments, strict=True)]
+        lines += [f"  expected {shown(right)}", f"  found    {shown(found)}"]
+        return Verdict("failed", "\n".join(lines))
+
+    def _repr_markdown_(self) -> str:
+        return f"**Exercise {self.name}.** {self.statement}"
+
+    def __repr__(self) -> str:
+        return f"Exercise {self.name}. {self.statement}"
+
+
+def near(found: Any, right: Any, tolerance: float) -> bool:
+    """Equal in shape, and in value up to `tolerance` times the size of the right one."""
+    if isinstance(right, (tuple, list)):
+        return (
+            isinstance(found, (tuple, list))
+            and len(found) == len(right)
+            and all(near(f, r, tolerance) for f, r in zip(found, right, strict=True))
+        )
+    if isinstance(right, (str, bool, type(None))):
+        return found == right
+    try:
+        a, b = (
+            np.asarray(to_numpy(v.data if isinstance(v, Tensor) else v)) for v in (found, right)
+        )
+        if a.shape != b.shape:
+            return False
+        gap = np.max(np.abs(a - b), initial=0)
+        return bool(gap <= tolerance * (1 + np.max(np.abs(b), initial=0)))
+    except (TypeError, ValueError):
+        return False
+
+
+def shown(value: Any) -> str:
+    """A value in one short line: numbers whole, arrays by shape and first entries."""
+    if isinstance(value, Tensor):
+        value = value.data
+    if isinstance(value, np.ndarray):
+        first = np.array2string(value.ravel()[:4], precision=4, separator=", ")
+        more = ", ..." if value.size > 4 else ""
+        return f"array {value.shape}: {first[:-1]}{more}]"
+    text = repr(value)
+    return text if len(text) <= 90 else text[:87] + "..."
+
+
+class Counted(np.ndarray):
+    """An array that counts the multiplications of the matrix products it takes part in."""
+
+    total = 0
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
+        plain = [np.asarray(i) if isinstance(i, Counted) else i for i in inputs]
+        result = getattr(ufunc, method)(*plain, **options)
+        if ufunc is np.matmul:
+            Counted.total += result.size * plain[0].shape[-1]
+        return result.view(Counted) if isinstance(result, np.ndarray) else result
+
+
+def multiplications(answer: Callable, arguments: tuple) -> int:
+    """How many multiplications the matrix products (`@`) inside `answer(*arguments)` make."""
+    Counted.total = 0
+    answer(*[a.view(Counted) if isinstance(a, np.ndarray) else a for a in arguments])
+    return Counted.total

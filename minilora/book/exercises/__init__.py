@@ -1,0 +1,14 @@
+"""The exercises of all chapters, by name, with their solutions: look here last."""
+
+from ...engine.errors import MiniloraError
+from ..exercise import Exercise
+from . import ch00
+
+EXERCISES: dict[str, Exercise] = {e.name: e for chapter in (ch00,) for e in chapter.EXERCISES}
+
+
+def exercise(name: str) -> Exercise:
+    """The exercise of this name, such as "00.1".  Errors: `MiniloraError` listing the names."""
+    if name not in EXERCISES:
+        raise MiniloraError(f"exercise: expected one of {', '.join(EXERCISES)}; found {name!r}")
+    return EXERCISES[name]

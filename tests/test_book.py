@@ -1,0 +1,196 @@
+"""The machinery of the chapters: checkers that find the fault, notebooks that come out the same."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from minilora import MiniloraError
+from minilora.book.exercise import Exercise, multiplications, near, shown
+from minilora.book.exercises import EXERCISES, exercise
+from minilora.book.show import show
+from minilora.engine.fused import linear
+from minilora.engine.tensor import Tensor
+
+
+@pytest.fixture(autouse=True)
+def host_only(device):
+    if device != "cpu":
+        pytest.skip("runs on the host")
+
+
+every_exercise = pytest.mark.parametrize("e", EXERCISES.values(), ids=EXERCISES)
+
+
+@every_exercise
+def test_the_right_answer_passes(e):
+    verdict = e.verdict(e.solution)
+    assert verdict.state == "passed", verdict
+
+
+@every_exercise
+def test_the_plausible_wrong_answer_fails(e):
+    verdict = e.verdict(e.wrong)
+    assert verdict.state == "failed", verdict
+    assert "expected" in str(verdict) or "budget" in str(verdict)
+
+
+@every_exercise
+def test_a_blank_is_open_and_says_a_hint(e):
+    def blank(*arguments):
+        raise NotImplementedError
+
+    for answer in (blank, lambda *arguments: ...):
+        verdict = e.verdict(answer)
+        assert verdict.state == "open"
+        assert e.hint in str(verdict)
+
+
+@every_exercise
+def test_an_answer_that_crashes_is_shown(e):
+    verdict = e.verdict(lambda *arguments: 1 / 0)
+    assert verdict.state == "failed"
+    assert "ZeroDivisionError" in str(verdict)
+
+
+DOUBLE = Exercise(
+    name="x", statement="Double it.", hint="+", draw=lambda rng: (rng.standard_normal(2),),
+    solution=lambda a: 2 * a, wrong=lambda a: a, labels=("a",),
+)  # fmt: skip
+
+
+def test_the_counterexample_is_the_first_one(capsys):
+    DOUBLE.check(lambda a: np.where(a > 2, 0, 2 * a))
+    text = capsys.readouterr().out
+    seed = next(s for s in range(99) if (np.random.default_rng(s).standard_normal(2) > 2).any())
+    assert f"Case {seed}:" in text
+    assert "a = array (2,): [" in text
+    assert "expected array" in text
+
+
+def test_shapes_and_kinds_count():
+    assert DOUBLE.verdict(lambda a: (2 * a)[:1]).state == "failed"
+    assert DOUBLE.verdict(lambda a: "no").state == "failed"
+    assert near((1.0, [2.0]), (1.0, [2.0 + 1e-9]), 1e-6)
+    assert not near((1.0,), (1.0, 2.0), 1e-6)
+    assert near(Tensor(np.ones(2)), np.ones(2), 0)
+    assert not near(float("nan"), 1.0, 1e-6)
+
+
+def test_multiplications_are_counted():
+    a, b = np.ones((3, 4)), np.ones((4, 5))
+    assert multiplications(lambda a, b: (a @ b).sum(), (a, b)) == 60
+    assert multiplications(lambda a, b: a @ (b @ b.T @ b), (a, b)) == 4 * 4 * 5 * 2 + 60
+
+
+def test_values_are_shown_short():
+    assert shown(3) == "3"
+    assert len(shown("x" * 500)) <= 90
+    assert shown(np.arange(9.0)).startswith("array (9,): [0., 1.")
+
+
+def test_source_is_shown_with_its_file(capsys):
+    show(linear)
+    text = capsys.readouterr().out
+    assert text.startswith("# minilora/engine/fused.py\n@op\ndef linear(")
+    show(Exercise.check)
+    assert "def check(self" in capsys.readouterr().out
+
+
+def test_an_unknown_exercise():
+    with pytest.raises(MiniloraError, match=r"00\.1"):
+        exercise("99.9")
+
+
+# ---------------------------------------------------------------------------- notebooks
+
+DRAFT = """introduces: Tensor, freeze
+# A title
+
+Text.
++++
+More text.
+
+```python
+import sys
+
+import numpy as np
+
+print("one")
+print("two", file=sys.stderr)
+np.arange(3)
+```
+
+```python
+from matplotlib.figure import Figure
+
+from minilora.book.show import picture
+
+figure = Figure()
+figure.subplots().plot([1, 2])
+picture(figure)
+```
+"""
+
+
+def book(*arguments, cwd):
+    command = [sys.executable, "-m", "minilora", "book", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("book")
+    (folder / "draft.md").write_text(DRAFT)
+    done = book("--from", "draft.md", "a.ipynb", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "a.ipynb"
+
+
+def test_a_draft_becomes_a_notebook(made):
+    notebook = json.loads(made.read_text())
+    cells = notebook["cells"]
+    assert [c["cell_type"] for c in cells] == ["markdown", "markdown", "code", "code"]
+    assert [c["id"] for c in cells] == [f"cell-{i:03}" for i in range(1, 5)]
+    assert [c["execution_count"] for c in cells[2:]] == [1, 2]
+    assert notebook["metadata"]["minilora"] == {"introduces": ["Tensor", "freeze"]}
+    first, second = (c["outputs"] for c in cells[2:])
+    assert [o["output_type"] for o in first] == ["stream", "execute_result"]
+    assert "".join(first[0]["text"]) == "one\n"  # and nothing of stderr
+    assert list(second[0]["data"]) == ["image/png"]
+
+
+def test_a_second_run_writes_the_same_bytes(made):
+    before = made.read_bytes()
+    assert book("a.ipynb", cwd=made.parent).returncode == 0
+    assert made.read_bytes() == before
+
+
+def test_a_cell_that_fails_leaves_the_notebook_as_it_was(made, tmp_path):
+    (tmp_path / "draft.md").write_text("```python\n1 / 0\n```\n")
+    target = tmp_path / "b.ipynb"
+    target.write_bytes(made.read_bytes())
+    done = book("--from", "draft.md", "b.ipynb", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "ZeroDivisionError" in done.stderr
+    assert target.read_bytes() == made.read_bytes()
+
+
+def test_what_is_no_notebook_is_named(tmp_path):
+    (tmp_path / "c.ipynb").write_text("{")
+    for name, words in (("c.ipynb", "expected a notebook"), ("d.ipynb", "found none")):
+        done = book(name, cwd=tmp_path)
+        assert done.returncode == 2
+        assert name in done.stderr
+        assert words in done.stderr
+    assert "found 0" in book(cwd=tmp_path).stderr
+
+
+def test_where_chapters_compute():
+    code = "from minilora import book; print(book.device, book.fast)"
+    env = os.environ | {"MINILORA_DEVICE": "cuda", "MINILORA_FAST": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout.split() == ["cuda", "True"]
