@@ -93,6 +93,7 @@ UPDATES = {
     "measure": "test_optim.py",
     "sgd_update": "test_optim.py",
     "adamw_update": "test_optim.py",
+    "adamw8bit_update": "test_adam8bit.py",
     "quantize_blocks": "test_blockwise.py",
     "dequantize_blocks": "test_blockwise.py",
 }

@@ -291,7 +291,7 @@ def test_an_adapter_does_its_own_task_and_no_other():
 
 @pytest.mark.slow
 def test_a_cipher_through_the_head_needs_rank_three():
-    """Least squares would need nearly the full rank of a permutation; the largest logit does not."""
+    """Least squares would need nearly full rank for a permutation; the largest logit does not."""
     task, scores = get_task("cipher-head"), {}
     s, data = task.settings, task.splits(0)
     for rank in (1, 4):

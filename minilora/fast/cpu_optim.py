@@ -4,9 +4,12 @@ import math
 
 import numpy as np
 
+from ..optim.adam8bit import BLOCK, adamw8bit_update
 from ..optim.adamw import adamw_update
 from ..optim.flat import BAD_CALL, BAD_INDEX, CALLS, FACTOR, LR, NORM, STEP, measure
 from .cpu import arena, blocks
+
+CHUNK = 64 * BLOCK  # entries of 8-bit moments at a time
 
 
 @measure.on("numpy")
@@ -51,3 +54,15 @@ def _(xp, p, g, m, v, control, *, betas, eps, decay, lr_factor=1.0):
         a *= rate
         p_ *= shrink
         p_ -= a
+
+
+@adamw8bit_update.on("numpy")
+def _(xp, p, g, m, v, scales_m, scales_v, control, **options):
+    """The specification, over a whole number of blocks that fit a cache."""
+    if p.size <= CHUNK:
+        return NotImplemented
+    for part in blocks(p.size, CHUNK):
+        scales = slice(part.start // BLOCK, part.stop // BLOCK)
+        arrays = (*(a[part] for a in (p, g, m, v)), scales_m[scales], scales_v[scales])
+        adamw8bit_update.specification(xp, *arrays, control, **options)
+    return None

@@ -1,0 +1,134 @@
+"""AdamW whose moments leave the room: the same numbers to the bit, in as little as one page."""
+
+from typing import Any
+
+import numpy as np
+
+from ..engine.backend import to_numpy, xp_of
+from ..engine.errors import CheckpointError, MiniloraError
+from .adamw import adamw_update, count_step
+from .flat import Grouping, Stepper, by_shape
+from .page_devices import page_device
+from .pager import Pager
+
+
+class PagedAdamW(Stepper):
+    """AdamW with its moments on pages of `page` numbers, `budget` bytes of them resident.
+
+    A page holds both moments of one range of the flat buffer.  bitsandbytes pages only the
+    states of tensors with 100,000 entries or more, and leaves eviction to the driver; here all
+    are paged, and the pager knows the sweep.  `pages` names the device: "simulated", "file"
+    (state larger than memory), "cuda".
+    Errors: `MiniloraError` for a budget below one page; `CheckpointError` from a step after a
+    copy has failed: the state is lost until `restore`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        groups: Grouping = by_shape,
+        *,
+        page: int = 1 << 18,
+        budget: int | None = None,
+        pages: str | None = None,
+        policy: str = "next-use",
+        ahead: int = 1,
+    ):
+        super().__init__(model, lr, groups)
+        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+        data = self.flat.data
+        if page < 1:
+            raise MiniloraError(f"page: expected a whole number >= 1, found {page}")
+        self.page = min(page, data.size)
+        count = -(-data.size // self.page)
+        self.page_bytes = 2 * self.page * data.dtype.itemsize
+        slots = count if budget is None else budget // self.page_bytes
+        if slots < 1:
+            raise MiniloraError(
+                f"budget: expected at least one page of {self.page_bytes} bytes, found {budget}"
+            )
+        default = "simulated" if xp_of(data) is np else "cuda"
+        self.device = page_device(pages or default, count, (2, self.page), data.dtype)
+        self.pager = Pager(self.device, count, slots, policy, ahead)
+        self.lost: str | None = None  # why the state cannot be used, if it cannot
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the slots there are."""
+        return self.pager.slots * self.page_bytes
+
+    def step(self, divide_by: float = 1, clip: float | None = None) -> None:
+        """Apply the gradient gathered so far, and clear it; see `AdamW.step`."""
+        self.expect_state()
+        self.measure(divide_by, clip)
+        f = self.flat
+        for number in range(self.pager.pages):
+            start = number * self.page
+            try:
+                m, v = self.pager.use(number)
+            except (OSError, CheckpointError) as error:
+                self.lost = f"{type(error).__name__}: {error}"
+                self.expect_state()
+            for part, group in f.parts:
+                low, high = max(start, part.start), min(start + self.page, part.stop)
+                if low < high:
+                    span, inside = slice(low, high), slice(low - start, high - start)
+                    adamw_update(
+                        f.data[span], f.grad[span], m[inside], v[inside], self.control,
+                        betas=self.betas, eps=self.eps,
+                        decay=self.weight_decay * group.decay, lr_factor=group.lr,
+                    )  # fmt: skip
+            self.pager.done(number)
+        count_step(self)
+
+    def expect_state(self) -> None:
+        if self.lost is not None:
+            raise CheckpointError(
+                f"PagedAdamW: a page could not be moved ({self.lost}); parameters and moments no "
+                "longer belong together: restore both from a checkpoint"
+            )
+
+    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Both moments on the host, in the order of the flat buffer."""
+        self.pager.flush()
+        table = np.stack([self.device.read(number) for number in range(self.pager.pages)])
+        n = self.flat.data.size
+        return table[:, 0].reshape(-1)[:n], table[:, 1].reshape(-1)[:n]
+
+    def state(self) -> dict[str, Any]:
+        """Host arrays, laid out as those of `AdamW`: either restores the other."""
+        self.expect_state()
+        found = {"control": to_numpy(self.control).copy()}
+        for name, flat in zip("mv", self.moments(), strict=True):
+            found |= {f"{name}.{path}": a.copy() for path, a in self.flat.cut(flat).items()}
+        return found
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Copy a saved state in; what was lost is found again.
+
+        Errors: `CheckpointError` on any mismatch, before anything is written.
+        """
+        table = np.zeros((self.pager.pages, 2, self.page), self.flat.data.dtype)
+        n = self.flat.data.size
+        for i, name in enumerate("mv"):
+            flat = np.zeros(n, table.dtype)
+            part = {k.removeprefix(f"{name}."): v for k, v in state.items()
+                    if k.startswith(f"{name}.")}  # fmt: skip
+            self.flat.restore(flat, part, f"optimizer state {name}")
+            padded = np.zeros(table.shape[0] * self.page, table.dtype)
+            padded[:n] = flat
+            table[:, i] = padded.reshape(-1, self.page)
+        slots = self.pager.slots
+        for slot in list(self.device.slots):
+            self.device.close(slot)
+        for number, values in enumerate(table):
+            self.device.write(number, values)
+        old = self.pager
+        self.pager = Pager(self.device, old.pages, slots, old.policy, old.ahead)
+        self.pager.log = old.log
+        self.control[...] = xp_of(self.control).asarray(state["control"])
+        self.lost = None

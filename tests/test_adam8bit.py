@@ -1,0 +1,202 @@
+"""8-bit moments: bitsandbytes' order and rounding, blocks of 256, and nothing written on NaN."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minilora import AdamW, MiniloraError, Parameter, Tensor, module, to_device
+from minilora.engine.errors import CheckpointError
+from minilora.engine.rules import reference_rules
+from minilora.optim.adam8bit import BLOCK, SMALL, AdamW8bit, adamw8bit_update, encoded
+from minilora.quant.codes import code
+
+
+@module
+class Two:
+    large: Tensor  # 8-bit moments
+    small: Tensor  # float32 moments
+
+
+def drawn(device="cpu", seed=0, n=SMALL + 70):
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: Parameter(rng.standard_normal(shape, np.float32))
+    return to_device(Two(draw(n, 1), draw(8, 8)), device)
+
+
+def push(optimizer, rng, dev, scale=1.0, spoil=None):
+    grads = {}
+    for path, p in optimizer.flat.named.items():
+        g = (scale * rng.standard_normal(p.shape)).astype(np.float32)
+        if spoil:
+            g.ravel()[0] = spoil
+        grads[path] = g
+        optimizer.flat.gradients[p] += dev(g)
+    return grads
+
+
+def nearest(levels, x):
+    """Brute force: the nearest of 256 levels, the lower one on a tie, by value."""
+    gaps = np.abs(levels[None, :] - x[:, None].astype(np.float64))
+    return gaps.argmin(axis=1)
+
+
+def by_hand(p, g, m, v, t, lr, decay, b1=0.9, b2=0.999, eps=1e-8):
+    """One block of bitsandbytes' kernel in float64, but for the codes."""
+    m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+    root = math.sqrt(1 - b2**t)
+    p = p - lr * root / (1 - b1**t) * m / (np.sqrt(v) + root * eps)
+    return p * (1 - lr * decay), m, v
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_a_step_is_that_of_the_kernel_written_by_hand(reference, device, dev, host):
+    o = AdamW8bit(drawn(device), lr=0.01, weight_decay=0.1)
+    rng = np.random.default_rng(1)
+    levels = {k: code(n).table for k, n in (("m", "dynamic"), ("v", "dynamic_unsigned"))}
+    p = host(o.flat.named["large"].data).ravel().astype(np.float64)
+    m, v = np.zeros_like(p), np.zeros_like(p)
+    for t in range(1, 6):
+        g = push(o, rng, dev)["large"].ravel().astype(np.float64)
+        if reference:
+            with reference_rules():
+                o.step()
+        else:
+            o.step()
+        p, m, v = by_hand(p, g, m, v, t, 0.01, 0.1)
+        np.testing.assert_allclose(host(o.flat.named["large"].data).ravel(), p, atol=2e-6)
+        state = o.state()
+        for name, exact in (("m", m), ("v", v)):
+            codes, scales = state[f"{name}.large"], state[f"scales_{name}.large"]
+            spread = np.repeat(scales, BLOCK)[: len(codes)]
+            peaks = [np.abs(exact[i : i + BLOCK]).max() for i in range(0, len(exact), BLOCK)]
+            np.testing.assert_allclose(scales, peaks, rtol=1e-5)
+            found = levels[name][codes]
+            best = levels[name][nearest(levels[name], exact / spread)]
+            if name == "m":
+                assert (np.signbit(found) == np.signbit(exact)).all()
+                crossed = np.signbit(best) != np.signbit(exact)
+                best = np.where(crossed, found, best)
+            np.testing.assert_allclose(found, best, atol=2e-2)  # a step of the map at a near tie
+            assert (found == best).mean() > 0.995
+        wide = {k: np.repeat(state[f"scales_{k}.large"], BLOCK)[: len(p)] for k in "mv"}
+        m, v = (levels[k][state[f"{k}.large"]] * wide[k] for k in "mv")
+        p = host(o.flat.named["large"].data).ravel().astype(np.float64)
+
+
+@given(st.integers(1, 3 * BLOCK), st.integers(0, 99))
+def test_blocks_stand_alone(device, xp, dev, host, n, seed):
+    """Blocks, the short last one too, are encoded as if there were no others."""
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal(n) * 10.0 ** rng.integers(-6, 6, n)).astype(np.float32)
+    levels = to_device(code("dynamic"), device)
+    codes, scales = encoded(xp, dev(x), levels)
+    for i in range(0, n, BLOCK):
+        alone, scale = encoded(xp, dev(x[i : i + BLOCK]), levels)
+        assert np.array_equal(host(codes)[i : i + BLOCK], host(alone))
+        assert host(scales)[i // BLOCK] == host(scale)[0]
+
+
+def test_it_learns_as_adamw_does(device, dev, host):
+    """On a quadratic, after 150 steps both are near the minimum."""
+    ends = []
+    for make in (AdamW, AdamW8bit):
+        o = make(drawn(device), lr=0.05, weight_decay=0.0)
+        for _ in range(150):
+            for p in o.flat.named.values():
+                o.flat.gradients[p] += p.data
+            o.step()
+        ends.append(np.abs(host(o.flat.data)).max())
+    assert max(ends) < 0.05
+
+
+def test_bytes_are_two_and_a_little(device):
+    n = 64 * BLOCK
+    large = AdamW8bit(to_device(Two(Parameter(np.ones((n, 1), np.float32)),
+                                    Tensor(np.ones(2, np.float32))), device))  # fmt: skip
+    assert large.state_bytes == 2 * n + 2 * 4 * n // BLOCK
+    assert large.state_bytes / n == 2.03125
+    both = AdamW8bit(drawn(device))
+    assert both.state_bytes == 2 * (SMALL + 70) + 8 * -(-(SMALL + 70) // BLOCK) + 8 * 64
+
+
+def test_toy_adapters_fall_under_the_small_tensor_rule_and_save_nothing():
+    from minilora import adapt, get_task
+
+    adapted = adapt(get_task("dates").base(), rank=8, rng=np.random.default_rng(0))
+    o = AdamW8bit(adapted)
+    assert max(p.size for p in o.flat.named.values()) < SMALL
+    assert o.state_bytes == 8 * o.flat.data.size  # as many as AdamW's
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("reference", [False, True])
+def test_a_bad_gradient_writes_nothing(bad, reference, device, dev, host):
+    o = AdamW8bit(drawn(device), lr=0.1)
+    rng = np.random.default_rng(0)
+    push(o, rng, dev)
+    o.step()
+    before, data = o.state(), host(o.flat.data).tobytes()
+    push(o, rng, dev, spoil=bad)
+    if reference:
+        with reference_rules():
+            o.step()
+    else:
+        o.step()
+    after = o.state()
+    assert host(o.flat.data).tobytes() == data
+    assert all(after[k].tobytes() == before[k].tobytes() for k in before if k != "control")
+    assert o.first_bad() is not None
+
+
+def test_a_restored_one_goes_on_to_the_bit(device, dev, host):
+    one, two = (AdamW8bit(drawn(device), lr=0.1) for _ in range(2))
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        push(one, rng, dev)
+        one.step()
+    two.flat.data[...] = one.flat.data
+    two.restore(one.state())
+    for seed in (7, 8):
+        for o in (one, two):
+            push(o, np.random.default_rng(seed), dev)
+            o.step(clip=0.5)
+    assert host(one.flat.data).tobytes() == host(two.flat.data).tobytes()
+    for spoil in ("m.large", "control"):
+        wrong = {k: v for k, v in one.state().items() if k != spoil}
+        with pytest.raises(CheckpointError, match="differ"):
+            two.restore(wrong)
+    wrong = one.state() | {"m.large": np.zeros(3, np.uint8)}
+    with pytest.raises(CheckpointError, match=r"m\.large"):
+        two.restore(wrong)
+
+
+def test_float64_is_refused():
+    with pytest.raises(MiniloraError, match="float32"):
+        AdamW8bit(Two(Parameter(np.ones((2, 2))), Tensor(np.ones(2))))
+
+
+def test_adamw8bit_update_is_the_same_in_pieces(device, dev, host):
+    """The rule for NumPy cuts at whole blocks: the same bytes."""
+    n = 64 * BLOCK * 2 + 300
+    rng = np.random.default_rng(0)
+    levels = [to_device(code(c), device) for c in ("dynamic", "dynamic_unsigned")]
+    results = []
+    for reference in (False, True):
+        rng = np.random.default_rng(0)
+        p, g = (dev(rng.standard_normal(n, np.float32)) for _ in range(2))
+        m, v = (dev(np.full(n, z, np.uint8)) for z in (127, 0))
+        sm, sv = (dev(np.zeros(-(-n // BLOCK), np.float32)) for _ in range(2))
+        control = dev(np.array([0.1, 0, 0, 1.0, 1.0, 0, 0]))
+        options = {"betas": (0.9, 0.999), "eps": 1e-8, "decay": 0.01}
+        args = (p, g, m, v, sm, sv, control)
+        kinds = {"signed": levels[0], "unsigned": levels[1]}
+        if reference:
+            with reference_rules():
+                adamw8bit_update(*args, **kinds, **options)
+        else:
+            adamw8bit_update(*args, **kinds, **options)
+        results.append([host(a).tobytes() for a in args])
+    assert results[0] == results[1]
