@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -20,6 +21,9 @@ minilora {version}: LoRA and QLoRA from scratch in NumPy.
   minilora compare --task T   another task: {tasks}
   minilora forgetting         what is learned against what is forgotten, as paths
   minilora swap               four adapters on one frozen base
+  minilora memory             what a published model needs, and on which card it fits
+  minilora quantize           the levels of a code, its error by block, what equal bits buy
+  minilora paging             Adam's moments on pages, and a spike that they make room for
   minilora bench              time and memory of a step against torch and PEFT
   minilora book               run the chapters again and write them back
   minilora gpu-check          with CuPy and a card: is every op right there, and how fast?
@@ -68,10 +72,12 @@ def parser() -> argparse.ArgumentParser:
     for name, text in (
         ("forgetting", "what is learned against what is forgotten, as paths"),
         ("swap", "four adapters on one frozen base, each asked for every task"),
+        ("paging", "a long sequence among short ones, with paged and unpaged Adam"),
     ):
         e = commands.add_parser(name, help=text)
-        e.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
-        e.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
+        if name != "paging":
+            e.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
+            e.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
         e.add_argument(
             "--out", type=Path, default=Path("figures"), help="folder for what it writes"
         )
@@ -88,6 +94,31 @@ def parser() -> argparse.ArgumentParser:
     b.add_argument("--out", type=Path, default=Path("figures"), help="folder for what it writes")
     b.add_argument("--json", action="store_true", help="print the record instead of the table")
     b.set_defaults(run=run_bench)
+
+    m = commands.add_parser("memory", help="what a published model needs, method by method")
+    m.add_argument("--model", default="llama-65b", help="e.g. gpt2, smollm2-135m, llama-7b")
+    m.add_argument("--method", default="qlora", choices=("full", "lora", "qlora"))
+    m.add_argument("--rank", type=int, default=64)
+    m.add_argument("--batch", type=int, default=1)
+    m.add_argument("--length", type=int, default=512, help="tokens of a sequence (default: 512)")
+    m.add_argument("--dtype", default="bf16", choices=("bf16", "float32"))
+    m.add_argument("--optimizer", default="adamw", help="adamw (default), adamw8bit or sgd")
+    m.add_argument("--recompute", action="store_true", help="keep only the inputs of blocks")
+    m.add_argument("--code", default="nf4")
+    m.add_argument("--block", type=int, default=64)
+    m.add_argument("--no-double", dest="double", action="store_false")
+    m.add_argument("--json", action="store_true", help="print the record instead of the table")
+    m.add_argument("--out", type=Path, default=Path("figures"), help="folder for what it writes")
+    m.set_defaults(run=run_memory)
+
+    q = commands.add_parser("quantize", help="what a code costs and what it loses")
+    q.add_argument("--code", default="nf4", help="nf4 (default), fp4, e2m1, int4, int4_max, int8")
+    q.add_argument("--block", type=int, default=64)
+    q.add_argument("--no-double", dest="double", action="store_false")
+    q.add_argument("--tensor", help="FILE.safetensors:NAME (default: a weight of a shipped base)")
+    q.add_argument("--json", action="store_true", help="print the record instead of the tables")
+    q.add_argument("--out", type=Path, default=Path("figures"), help="folder for what it writes")
+    q.set_defaults(run=run_quantize)
 
     k = commands.add_parser("book", help="execute chapters and write them back, the same each time")
     k.add_argument("chapters", nargs="*", type=Path, help="notebooks (default: all of chapters/)")
@@ -108,6 +139,45 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, help="file to write (default: where the base ships)")
     p.set_defaults(run=run_pretrain)
     return top
+
+
+def run_memory(args: argparse.Namespace) -> int:
+    from .lab import memory_report as lab
+    from .lab.memory import Setting
+
+    names = (
+        "method",
+        "rank",
+        "batch",
+        "length",
+        "dtype",
+        "optimizer",
+        "recompute",
+        "code",
+        "block",
+    )
+    options = {name: getattr(args, name) for name in (*names, "double")}
+    setting = Setting(lab.config_of(args.model), **options)
+    record = lab.memory_record(args.model, setting)
+    print(json.dumps(record, indent=1) if args.json else lab.memory_table(record))
+    say = partial(print, file=sys.stderr if args.json else sys.stdout)
+    models = ("llama-7b", "llama-65b") if args.model == "llama-65b" else (args.model,)
+    records = [lab.memory_record(m, replace(setting, config=lab.config_of(m))) for m in models]
+    whole = {"kind": "memory", "records": records}
+    write_record(whole, args.out / "memory_by_model.json", lab.memory_by_model, say)
+    return 0
+
+
+def run_quantize(args: argparse.Namespace) -> int:
+    from .lab import quantize as lab
+
+    config = lab.QuantizeConfig(args.code, args.block, args.double, args.tensor)
+    record = lab.quantize_lab(config)
+    print(json.dumps(record, indent=1) if args.json else lab.quantize_report(record))
+    say = partial(print, file=sys.stderr if args.json else sys.stdout)
+    write_record(record, args.out / f"{args.code}_levels.json", lab.levels_figure, say)
+    write_record(record, args.out / "codes_by_block.json", lab.codes_figure, say)
+    return 0
 
 
 def run_book(args: argparse.Namespace) -> int:
@@ -139,7 +209,7 @@ def run_gpu_check(args: argparse.Namespace) -> int:
 
 def run_experiment(args: argparse.Namespace) -> int:
     """An experiment without further options: run, print, write the record, draw."""
-    from .lab import forgetting, swap, task_figures
+    from .lab import forgetting, paging, swap, task_figures
 
     run, config, report, draw = {
         "forgetting": (
@@ -147,10 +217,14 @@ def run_experiment(args: argparse.Namespace) -> int:
             forgetting.forgetting_report, task_figures.forgetting_figure,
         ),
         "swap": (swap.swap, swap.SwapConfig, swap.swap_report, task_figures.swap_figure),
+        "paging": (
+            paging.paging, paging.PagingConfig, paging.paging_report, paging.paging_figure,
+        ),
     }[args.command]  # fmt: skip
-    if args.seeds < 1 or args.jobs < 1:
-        raise MiniloraError(f"expected seeds and jobs >= 1, found {args.seeds} and {args.jobs}")
-    record = run(config(seeds=args.seeds, jobs=args.jobs))
+    options = {k: v for k, v in vars(args).items() if k in ("seeds", "jobs")}
+    if min(options.values(), default=1) < 1:
+        raise MiniloraError(f"expected seeds and jobs >= 1, found {options}")
+    record = run(config(**options))
     print(report(record))
     write_record(record, args.out / f"{args.command}.json", draw)
     return 0

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from minilora.lab.report import report
+from minilora.lab.bench_report import bench_summary
+from minilora.lab.report import in_one_line, report
 from minilora.train.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +47,18 @@ def test_files_and_figures_that_it_names_exist():
     assert named == floors
 
 
-def test_every_task_is_named():
+def test_every_task_is_named_with_the_figures_of_its_record():
     for name in TASKS:
-        assert f"`{name}`" in README, name
+        row = re.search(rf"^\| `{name}` \| .* \| (.*) \|$", README, re.MULTILINE)
+        assert row, name
+        record = json.loads((ROOT / "figures" / f"compare_{name}.json").read_text())
+        assert row.group(1) == f"{record['task']['metric']}: {in_one_line(record)}"
+        assert record["config"]["seeds"] >= 3
+
+
+def test_the_table_of_speed_is_that_of_the_committed_records():
+    steps, memory = (
+        json.loads((ROOT / "figures" / f"bench_{suite}.json").read_text())
+        for suite in ("step", "memory")
+    )
+    assert bench_summary(steps, memory) in README

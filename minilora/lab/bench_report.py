@@ -169,3 +169,23 @@ def scaling_figure(record: dict[str, Any], path: str | Path) -> Path:
                 ax.set_ylabel("MiB at the peak" if top else "ms a step")
     figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     return save(figure, path)
+
+
+def bench_summary(steps: dict[str, Any], memory: dict[str, Any]) -> str:
+    """Both suites in one Markdown table: ours over theirs in time and in peak memory, by case."""
+    peaks = {case["title"]: case for case in memory["cases"]}
+    lines = ["| case | against | time, ours / theirs | range | memory, ours / theirs |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    for case in steps["cases"]:
+        for row in case["rows"]:
+            if row["contender"] not in ("torch", "bnb"):
+                continue
+            beside = next(
+                r for r in peaks[case["title"]]["rows"] if r["contender"] == row["contender"]
+            )
+            time = f"{row['ratio']:.2f}" if "ratio" in row else "refused by the gate"
+            low_high = "{:.2f} to {:.2f}".format(*row["ratio_range"]) if "ratio" in row else "-"
+            held = f"{beside['bytes_ratio']:.2f}" if "bytes_ratio" in beside else "-"
+            name = NAMES[row["contender"]]
+            lines.append(f"| {case['title']} | {name} | {time} | {low_high} | {held} |")
+    return "\n".join(lines)

@@ -1,21 +1,18 @@
-"""Every array that training holds, predicted from a config alone, and counted in a real step.
+"""Every array that stays from step to step, and all scratch, predicted from a config alone."""
 
-The prediction walks through the model's forward pass with shapes instead of arrays, and notes
-for each op what its pullback would close over under the fast NumPy rules: the same buffers
-that `engine.check.retained` finds in a real graph, to the byte.
-"""
+from dataclasses import dataclass
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
-
+from ..engine.backend import is_array
 from ..engine.errors import MiniloraError
+from ..fast.cpu import BLOCK as CACHED
+from ..model.module import children
 from ..model.targets import ALL_LINEAR, matches
 from ..model.transformer import TransformerConfig
+from ..optim.adam8bit import BLOCK, SMALL
 from ..quant.codes import code as code_named
 
 METHODS = ("full", "lora", "qlora")
-OPTIMIZERS = {"sgd": 1, "adamw": 2}  # arrays of moments
+OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
 # Bytes of a number, by what it is.  "bf16" is the arithmetic of the papers: 16 bits for weights,
 # activations and the gradients of full fine-tuning (12 bytes a parameter with Adam's two float32
 # moments), float32 for adapters, their gradients and all moments.
@@ -47,7 +44,7 @@ class Setting:
 
     def __post_init__(self) -> None:
         for name, known in (
-            ("method", METHODS), ("optimizer", tuple(OPTIMIZERS)), ("dtype", tuple(BYTES)),
+            ("method", METHODS), ("optimizer", OPTIMIZERS), ("dtype", tuple(BYTES)),
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise MiniloraError(
@@ -121,6 +118,11 @@ def code_bytes(n: int, code: str, block: int, double: bool) -> dict[str, int]:
     return {"codes": (n * bits + 7) // 8, "scales": scales, "nested scales": 4 * -(-scales // 256)}
 
 
+def table_bytes(name: str) -> int:
+    """Bytes of a code's tables: levels, thresholds, order, and levels as they are stored."""
+    return sum(part.nbytes for _, part in children(code_named(name)) if is_array(part))
+
+
 def persistent(setting: Setting) -> dict[str, int]:
     """Bytes that stay from step to step, by kind: weights, codes, adapters, gradients, moments."""
     config, size = setting.config, BYTES[setting.dtype]
@@ -133,20 +135,44 @@ def persistent(setting: Setting) -> dict[str, int]:
                 held[kind] = held.get(kind, 0) + n
         else:
             held["weights"] += size["weight"] * d_out * d_in
+    if setting.method == "qlora":
+        names = [setting.code] + (["dynamic"] if setting.double else [])
+        held["code tables"] = sum(table_bytes(name) for name in names)
     trainable = trainable_count(setting)
     if setting.method != "full":
         held["adapters"] = size["adapter"] * trainable
     held["gradients"] = size["gradient" if setting.method == "full" else "adapter"] * trainable
-    held["optimizer"] = size["moment"] * OPTIMIZERS[setting.optimizer] * trainable
+    held["optimizer"] = sum(moment_bytes(setting, n) for n in trainable_sizes(setting))
     return held
+
+
+def moment_bytes(setting: Setting, n: int) -> int:
+    """Bytes of the moments of one Parameter of `n` entries.
+
+    Adam's two float32, one for SGD; in 8 bits two bytes and two float32 scales a block of 256,
+    but for small tensors, which keep float32.
+    """
+    if setting.optimizer == "adamw8bit" and n >= SMALL:
+        return 2 * n + 2 * 4 * -(-n // BLOCK)
+    return BYTES[setting.dtype]["moment"] * (1 if setting.optimizer == "sgd" else 2) * n
+
+
+def trainable_sizes(setting: Setting) -> list[int]:
+    """Entries of each Parameter: of every weight, or of the A and B of the adapted linears."""
+    config, shapes = setting.config, linears(setting.config)
+    if setting.method != "full":
+        return [setting.rank * side for path in adapted(setting) for side in shapes[path]]
+    other = other_weights(config)
+    sizes = [a * b for a, b in shapes.values()] + [other["embedding"], other["positions"]]
+    if config.bias:
+        sizes += [d_out for path, (d_out, _) in shapes.items() if path != "head"]
+    per_norm = 1 if config.norm == "rms" else 2
+    return sizes + [config.width] * (2 * config.layers + 1) * per_norm
 
 
 def trainable_count(setting: Setting) -> int:
     """Numbers that train: all of them, or Σ r (d_in + d_out) over the adapted linears."""
-    if setting.method == "full":
-        return parameter_count(setting.config)
-    shapes = linears(setting.config)
-    return sum(setting.rank * sum(shapes[path]) for path in adapted(setting))
+    return sum(trainable_sizes(setting))
 
 
 def adapted(setting: Setting) -> set[str]:
@@ -159,162 +185,23 @@ def adapted(setting: Setting) -> set[str]:
     return {path for path in paths if any(matches(path, target) for target in wanted)}
 
 
-# ------------------------------------------------------------------ what the way back needs
-
-
-@dataclass(eq=False)
-class Value:
-    """A value on the way: how many bytes its buffer has, and whether a gradient is owed to it."""
-
-    nbytes: int
-    wants: bool
-
-
-@dataclass
-class Tape:
-    """Buffers that pullbacks keep, each once, for the first op that holds it."""
-
-    setting: Setting
-    sizes: dict[str, int] = field(default_factory=dict)
-    seen: set[int] = field(default_factory=set)
-    alive: list = field(default_factory=list)  # so that no id is used twice
-
-    def keep(self, op: str, *values: Value) -> None:
-        for value in values:
-            if id(value) not in self.seen:
-                self.seen.add(id(value))
-                self.alive.append(value)
-                self.sizes[op] = self.sizes.get(op, 0) + value.nbytes
-
-    def value(self, width: int, wants: bool) -> Value:
-        """One number of `width` for every token."""
-        return Value(self.setting.number * self.setting.tokens * width, wants)
-
-    def linear(self, x: Value, path: str, shape: tuple[int, int], chosen: set[str]) -> Value:
-        """y = x Wᵀ + b: keeps x where W trains; x and x Aᵀ under an adapter."""
-        d_out, _ = shape
-        full = self.setting.method == "full"
-        y = self.value(d_out, x.wants or full or path in chosen)
-        if full:
-            self.keep("linear", x)
-        elif path in chosen:
-            self.keep("lora_linear", x, self.value(self.setting.rank, False))
-        return y
-
-    def norm(self, x: Value) -> Value:
-        """Keeps n, 1/√, and a row of 1/C."""
-        config = self.setting.config
-        name = "rms_norm" if config.norm == "rms" else "layer_norm"
-        wants = x.wants or self.setting.method == "full"
-        if wants:
-            row = Value(self.setting.number * config.width, False)
-            self.keep(name, self.value(config.width, False), self.value(1, False), row)
-        return self.value(config.width, wants)
-
-
-def saved_activations(setting: Setting) -> dict[str, int]:
-    """Bytes kept for the way back, op by op, under the fast NumPy rules in float32."""
-    config, chosen = setting.config, adapted(setting)
-    shapes, tape = linears(config), Tape(setting)
-    full = setting.method == "full"
-    ids = Value(8 * setting.tokens, False)
-    if full:
-        tape.keep("embedding", ids)
-    x = tape.value(config.width, full)
-    turns = Value(2 * setting.number * setting.length * config.head_width, False)
-    for i in range(config.layers):
-        inner = Tape(setting) if setting.recompute else tape
-        y = block(inner, x, i, shapes, chosen, turns)
-        if setting.recompute and y.wants:
-            tape.keep("recompute", x)
-        x = y
-    x = tape.norm(x)
-    head_loss(tape, x, chosen)
-    return tape.sizes
-
-
-def block(tape: Tape, x: Value, i: int, shapes: dict, chosen: set[str], turns: Value) -> Value:
-    """x + attention(norm(x)), then x + mlp(norm(x)): the residual sums keep nothing."""
-    setting, config = tape.setting, tape.setting.config
-    names = [path for path in shapes if path.startswith(f"blocks.{i}.")]
-    by_name = {path.rpartition(".")[2]: path for path in names}
-
-    def linear(x: Value, name: str) -> Value:
-        return tape.linear(x, by_name[name], shapes[by_name[name]], chosen)
-
-    n = tape.norm(x)
-    if config.packed:
-        packed = linear(n, "qkv")
-        q = k = v = packed  # three views of one buffer
-    else:
-        q, k, v = linear(n, "query"), linear(n, "key"), linear(n, "value")
-    if config.rope_theta is not None:
-        if q.wants or k.wants:
-            tape.keep("rope", turns)
-        q, k = Value(q.nbytes, q.wants), Value(k.nbytes, k.wants)
-        if config.packed:  # the rotated heads are new buffers of their own size
-            q = tape.value(config.width, q.wants)
-            k = tape.value(config.kv * config.head_width, k.wants)
-    wants = q.wants or k.wants or v.wants
-    out = tape.value(config.width, wants)
-    if wants:
-        lse = tape.value(config.heads, False)
-        above = Value(setting.number * TILE * TILE, False)
-        tape.keep("attention", q, k, v, out, lse, above)
-    y = linear(out, "output")
-    x = tape.value(config.width, x.wants or y.wants)
-    n = tape.norm(x)
-    if config.mlp == "gelu":
-        up = linear(n, "up")
-        if up.wants:
-            tape.keep("gelu", tape.value(config.inner, False))
-        h = tape.value(config.inner, up.wants)
-    else:
-        gate, up = linear(n, "gate"), linear(n, "up")
-        if gate.wants or up.wants:
-            tape.keep("swiglu", gate, up)
-        h = tape.value(config.inner, gate.wants or up.wants)
-    y = linear(h, "down")
-    return tape.value(config.width, x.wants or y.wants)
-
-
-def head_loss(tape: Tape, x: Value, chosen: set[str]) -> None:
-    """Gradients that are formed on the way out: dx of the scored tokens, and dW of the head."""
-    setting, config = tape.setting, tape.setting.config
-    scored = setting.tokens if setting.scored is None else setting.scored
-    if "head" in chosen:
-        raise MiniloraError("memory: an adapter on the head is not in the ledger")
-    kept = []
-    if x.wants:
-        kept.append(Value(setting.number * scored * config.width, False))
-    if setting.method == "full":
-        kept.append(Value(setting.number * config.vocab * config.width, False))
-    if kept:
-        tape.keep("head_cross_entropy", *kept, Value(8 * scored, False))
-
-
 def scratch(setting: Setting) -> dict[str, int]:
-    """The declared scratch of one thread: buffers that live inside a call, by name."""
+    """The scratch of one thread under the fast rules: buffers that live inside a call, by name."""
     config, b = setting.config, setting.number
-    shapes = linears(config)
-    chosen = adapted(setting)
+    shapes, chosen = linears(config), adapted(setting)
     largest = max((d_out * d_in for p, (d_out, d_in) in shapes.items() if p in chosen), default=0)
     scored = setting.tokens if setting.scored is None else setting.scored
-    return {
+    T, H, D = setting.length, config.heads, config.head_width
+    tile = min(T, TILE)
+    group = min(setting.batch, max(1, 2 * CACHED // (H * tile * T)))  # sequences at a time
+    found = {
         "logits": b * min(CHUNK, scored) * config.vocab,
         "dense weight and change": 2 * b * largest,
+        "attention": b * group * H * (2 * tile * T + tile * D + T * D),
+        "optimizer": 2 * b * min(CACHED, max(trainable_count(setting), 1)),
     }
-
-
-def totals(parts: Iterable[dict[str, int]]) -> int:
-    return sum(sum(part.values()) for part in parts)
-
-
-def ledger(setting: Setting) -> dict[str, Any]:
-    """The whole prediction as a record: what stays, what is saved by op, scratch, the sum."""
-    parts = {
-        "persistent": persistent(setting),
-        "saved": saved_activations(setting),
-        "scratch": scratch(setting),
-    }
-    return parts | {"total": totals(parts.values())}
+    if config.mlp == "gelu":
+        found["gelu"] = 2 * b * min(CACHED, setting.tokens * config.inner)
+    if config.rope_theta is not None:
+        found["rope"] = b * setting.tokens * config.width
+    return found

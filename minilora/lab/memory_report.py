@@ -7,7 +7,8 @@ from typing import Any
 from ..engine.errors import MiniloraError
 from ..model.transformer import TransformerConfig
 from .figures import BLUE, GREEN, ORANGE, RED, SKY, canvas, save
-from .memory import Setting, ledger, parameter_count, trainable_count
+from .ledger import ledger
+from .memory import Setting, parameter_count, trainable_count
 from .report import size, table
 
 
@@ -31,7 +32,7 @@ MODELS = {
 }
 CARDS = (8, 24, 48, 80)  # GB
 KINDS = {
-    "weights": ("weights", "codes", "scales", "nested scales", "adapters"),
+    "weights": ("weights", "codes", "scales", "nested scales", "code tables", "adapters"),
     "gradients": ("gradients",),
     "optimizer": ("optimizer",),
 }
@@ -97,8 +98,9 @@ def grouped(entry: dict[str, Any]) -> dict[str, int]:
     }
 
 
-def memory_by_model(records: list[dict[str, Any]], path: str | Path) -> Path:
-    """Stacked bars on a log-free axis per model: full, LoRA, QLoRA, with the cards as lines."""
+def memory_by_model(whole: dict[str, Any], path: str | Path) -> Path:
+    """Stacked bars, a panel a model: full, LoRA, QLoRA, with the cards as lines."""
+    records = whole["records"]
     figure, axes = canvas(6.4, 4.6, len(records))
     colors = {
         "weights": BLUE,
@@ -120,7 +122,10 @@ def memory_by_model(records: list[dict[str, Any]], path: str | Path) -> Path:
         for card in CARDS:
             if card < max(totals):
                 ax.axhline(card, color="0.35", linewidth=0.8, linestyle=":")
-                ax.text(2.42, card, f"{card}", fontsize=7, color="0.35", va="bottom", ha="right")
+                if card > 0.04 * max(totals):  # below, the labels would cover one another
+                    ax.text(
+                        2.42, card, f"{card}", fontsize=7, color="0.35", va="bottom", ha="right"
+                    )
         ax.set_xticks(range(3), record["methods"], fontsize=9)
         ax.set_title(record["model"], fontsize=10)
     axes[0].set_ylabel("GB held in a training step")

@@ -50,6 +50,20 @@ def report(record: dict[str, Any]) -> str:
     return table([header, *lines]) + "\n\n" + "\n".join(notes)
 
 
+def in_one_line(record: dict[str, Any]) -> str:
+    """The scores of a comparison: base 0.000; full 1.000; LoRA r=1 0.164, r=2 0.734; QLoRA ..."""
+    parts = [f"base {number(record['base']['score'])}"]
+    for method, label in (("full", "full"), ("lora", "LoRA"), ("qlora", "QLoRA")):
+        arms = [arm for arm in record["arms"] if arm["method"] == method]
+        scores = [
+            number(arm["mean"]) if arm["rank"] is None else f"r={arm['rank']} {number(arm['mean'])}"
+            for arm in arms
+        ]
+        if scores:
+            parts.append(f"{label} {', '.join(scores)}")
+    return "; ".join(parts)
+
+
 def base_row(header: list[str], record: dict[str, Any]) -> list[str]:
     """The first line: the base before any training."""
     row = ["base", "0", "0.00%", "-", number(record["base"]["score"]), "0.0%"]

@@ -79,7 +79,7 @@ def task(shift: str) -> Task:
             steps=400,
             batch=100,
             full_rates=(3e-4, 1e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2),
-            lora_rates=(3e-3, 1e-2, 2e-2, 4e-2, 8e-2),
+            lora_rates=(3e-3, 1e-2, 2e-2, 4e-2),
             alpha=8.0,
             targets="*",
             clip=None,
