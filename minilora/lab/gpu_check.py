@@ -16,6 +16,9 @@ from ..model.module import cast
 from ..model.module import to_device as tree_to_device
 from ..model.transformer import TransformerConfig, init_transformer
 from ..optim.adamw import AdamW
+from ..quant.blockwise import quantize_array
+from ..quant.codes import CODES, code
+from ..quant.linear import quantize
 from .op_samples import SAMPLES, Sample
 from .report import table
 
@@ -65,14 +68,13 @@ def gpu_check(config: GpuCheckConfig) -> dict[str, Any]:
         "device": device_name(cupy),
         "cupy": cupy.__version__,
         "ops": rows,
-        "steps": [step_gap(style, config.seed) for style in ("gpt2", "llama")],
+        "codes": [code_gap(name, rng) for name in CODES],
+        "steps": [step_gap(style, config.seed) for style in ("gpt2", "llama", "qlora")],
         "timing": step_time(config),
         "seconds": round(time.monotonic() - began, 1),
     }
-    gaps = [row["gap"] for row in (*rows, *record["steps"])]
-    record["passed"] = all(gap <= TOLERANCE for gap in gaps) and all(
-        row["repeats"] for row in (*rows, *record["steps"])
-    )
+    checked = (*rows, *record["codes"], *record["steps"])
+    record["passed"] = all(row["gap"] <= TOLERANCE and row["repeats"] for row in checked)
     return record
 
 
@@ -153,17 +155,36 @@ def relative(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def model_for(style: str, width: int, layers: int, length: int) -> Any:
-    """A LoRA model in GPT-2's or Llama's style, B away from zero."""
+    """A LoRA model in GPT-2's or Llama's style, or a QLoRA one in Llama's; B away from zero."""
     shape = {"vocab": 512, "width": width, "layers": layers, "heads": 4, "context": length}
     if style == "gpt2":
         config = TransformerConfig.gpt2(**shape)
     else:
         config = TransformerConfig(key_heads=2, **shape)
     rng = np.random.default_rng(3)
-    adapted = adapt(init_transformer(config, rng), rank=8, rng=rng)
+    base = init_transformer(config, rng)
+    adapted = adapt(quantize(base) if style == "qlora" else base, rank=8, rng=rng)
     optimizer = AdamW(adapted)
     optimizer.flat.data += rng.normal(0, 0.01, optimizer.flat.data.shape).astype(np.float32)
     return optimizer.model
+
+
+def code_gap(name: str, rng: np.random.Generator) -> dict[str, Any]:
+    """Codes and scales made on the device and on the host: the same bytes, or an infinite gap."""
+    w = rng.standard_normal((37, 129)).astype(np.float32)
+    if code(name).scaled_by == "maximum":
+        w = np.abs(w)
+    with reference_rules():
+        host = quantize_array(w, name)
+    found, again = (quantize_array(to_device(w, "cuda"), name) for _ in range(2))
+    parts = [
+        (to_numpy(getattr(a, part)), to_numpy(getattr(b, part)))
+        for part in ("packed", "scales")
+        for a, b in ((found, host), (found, again))
+    ]
+    same = all(np.array_equal(a, b) for a, b in parts)
+    gap = relative(to_numpy(found.dense()), host.dense()) if same else np.inf
+    return {"code": name, "gap": gap, "repeats": same}
 
 
 def step_gap(style: str, seed: int) -> dict[str, Any]:
@@ -186,7 +207,8 @@ def step_gap(style: str, seed: int) -> dict[str, Any]:
     found, again = run(model, "cuda"), run(model, "cuda")
     gap = max(relative(np.array(found[0]), np.array(losses)), relative(found[1], weights))
     repeats = found[0] == again[0] and np.array_equal(found[1], again[1])
-    return {"step": f"LoRA, {style}", "gap": gap, "repeats": repeats}
+    name = "QLoRA, llama" if style == "qlora" else f"LoRA, {style}"
+    return {"step": name, "gap": gap, "repeats": repeats}
 
 
 def step_time(config: GpuCheckConfig) -> dict[str, Any]:
@@ -222,6 +244,8 @@ def gpu_report(record: dict[str, Any]) -> str:
     rows = [["what", "rules", "gap to float64", "repeats to the bit"]]
     worst = sorted(record["ops"], key=lambda row: row["gap"])[-8:]
     rows += [[r["op"], r["rules"], f"{r['gap']:.1e}", str(r["repeats"])] for r in worst]
+    rows += [[f"quantize {r['code']}", "all", f"{r['gap']:.1e}", str(r["repeats"])]
+             for r in record["codes"]]  # fmt: skip
     rows += [[r["step"], "all", f"{r['gap']:.1e}", str(r["repeats"])] for r in record["steps"]]
     timing = record["timing"]
     verdict = (

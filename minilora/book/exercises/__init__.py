@@ -2,9 +2,10 @@
 
 from ...engine.errors import MiniloraError
 from ..exercise import Exercise
-from . import ch00
+from . import ch00, ch01
 
-EXERCISES: dict[str, Exercise] = {e.name: e for chapter in (ch00,) for e in chapter.EXERCISES}
+CHAPTERS = (ch00, ch01)
+EXERCISES: dict[str, Exercise] = {e.name: e for chapter in CHAPTERS for e in chapter.EXERCISES}
 
 
 def exercise(name: str) -> Exercise:
