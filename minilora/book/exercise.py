@@ -109,7 +109,8 @@ def near(found: Any, right: Any, tolerance: float) -> bool:
         return found == right
     try:
         a, b = (
-            np.asarray(to_numpy(v.data if isinstance(v, Tensor) else v)) for v in (found, right)
+            np.asarray(to_numpy(v.data if isinstance(v, Tensor) else v), np.float64)
+            for v in (found, right)
         )
         if a.shape != b.shape:
             return False
