@@ -5,6 +5,7 @@ H / K query heads; positions (N, T) or None.
 """
 
 import math
+from typing import NamedTuple
 
 from .errors import MiniloraError
 from .graph import together
@@ -37,20 +38,43 @@ def split_heads(xp, x, *, heads, width):
     return parts, (pullback,)
 
 
+class RopeScaling(NamedTuple):
+    """Slower turns for a longer context, as Llama 3 has them.
+
+    A pair that turns fewer than `low` times in the old `context` turns `factor` times as
+    slowly, one that turns more than `high` times as before, those between in between.
+    """
+
+    factor: float
+    low: float
+    high: float
+    context: int
+
+
+def rope_rates(xp, D, theta, scaling=None):
+    """The angle by which pair i turns from one position to the next: theta^(-2i/D), (D/2,)."""
+    rate = theta ** (xp.arange(D // 2, dtype=xp.float64) * (-2 / D))
+    if scaling is None:
+        return rate
+    turns = rate * (scaling.context / (2 * math.pi))
+    keep = xp.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
+    return rate * (keep + (1 - keep) / scaling.factor)
+
+
 @op
-def rope(xp, x, *, theta, positions=None):
+def rope(xp, x, *, theta, scaling=None, positions=None):
     """Rotate the pair (x_i, x_{i + D/2}) at position p by the angle p · theta^(-2i/D).
 
-    dx = dy, rotated back.   x (N, T, H, D); positions (N, T), or None for 0..T-1.
-    The pairing of Llama checkpoints (Su et al. 2021).
+    dx = dy, rotated back.   x (N, T, H, D); positions (N, T), or None for 0..T-1;
+    `scaling` slows the turns down.  The pairing of Llama checkpoints (Su et al. 2021).
     """
     T, D = x.shape[1], x.shape[3]
     if D % 2:
         raise MiniloraError(f"rope: expected an even head width, found {D}")
     if positions is None:
         positions = xp.arange(T)[None]
-    rate = theta ** (xp.arange(D // 2, dtype=xp.float64) * (-2 / D))
-    angle = positions[..., None, None] * rate  # (N or 1, T, 1, D/2), in double precision
+    # (N or 1, T, 1, D/2), in double precision
+    angle = positions[..., None, None] * rope_rates(xp, D, theta, scaling)
     cos, sin = xp.cos(angle).astype(x.dtype), xp.sin(angle).astype(x.dtype)
 
     def rotate(x, sin):

@@ -20,6 +20,14 @@ class AdapterError(MiniloraError):
     """An adapter does not fit its model, or was put together wrongly."""
 
 
+class MissingAdapterError(AdapterError, MissingFileError):
+    """A directory that was named holds no adapter."""
+
+
+class BaseMismatchWarning(UserWarning):
+    """An adapter was trained on another base than the one it is put on."""
+
+
 class QuantError(MiniloraError):
     """An array cannot be quantized, or packed codes and scales disagree."""
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from ..engine.attention import attention, by_head, rope
+from ..engine.attention import attention, by_head, rope, rope_rates
 from ..engine.errors import NumericsError
 from ..engine.fused import (
     GELU_CUBE,
@@ -282,12 +282,12 @@ def add_heads(into, a, b):
 
 
 @rope.on("numpy")
-def _(xp, x, *, theta, positions=None):
+def _(xp, x, *, theta, scaling=None, positions=None):
     """Whole rows at once: y = x cos + swap(x) sin, where swap exchanges the halves of a head."""
     T, D = x.shape[1], x.shape[3]
     if positions is not None or not real(x) or D % 2:
         return NotImplemented
-    cos, sin = turns(T, D, theta, x.dtype)
+    cos, sin = turns(T, D, theta, scaling, x.dtype)
 
     def rotate(x, sin):
         half = D // 2
@@ -302,9 +302,9 @@ def _(xp, x, *, theta, positions=None):
 
 
 @lru_cache(maxsize=16)
-def turns(T, D, theta, dtype):
+def turns(T, D, theta, scaling, dtype):
     """cos and signed sin of every (position, channel): two (T, 1, D) arrays."""
-    angle = np.arange(T)[:, None] * theta ** (np.arange(D // 2) * (-2 / D))
+    angle = np.arange(T)[:, None] * rope_rates(np, D, theta, scaling)
     cos, sin = np.cos(angle), np.sin(angle)
     return (
         np.concatenate([cos, cos], axis=-1).astype(dtype)[:, None],

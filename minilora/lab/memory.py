@@ -93,12 +93,12 @@ def other_weights(config: TransformerConfig) -> dict[str, int]:
     """Numbers in the embeddings, norms and biases, by kind."""
     C = config.width
     per_norm = C if config.norm == "rms" else 2 * C
-    biases = sum(d_out for path, (d_out, _) in linears(config).items() if path != "head")
+    biases = sum(d_out for path, (d_out, _) in linears(config).items() if config.biased(path))
     return {
         "embedding": config.vocab * C,
         "positions": config.context * C if config.rope_theta is None else 0,
         "norms": (2 * config.layers + 1) * per_norm,
-        "biases": biases if config.bias else 0,
+        "biases": biases,
     }
 
 
@@ -164,8 +164,7 @@ def trainable_sizes(setting: Setting) -> list[int]:
         return [setting.rank * side for path in adapted(setting) for side in shapes[path]]
     other = other_weights(config)
     sizes = [a * b for a, b in shapes.values()] + [other["embedding"], other["positions"]]
-    if config.bias:
-        sizes += [d_out for path, (d_out, _) in shapes.items() if path != "head"]
+    sizes += [d_out for path, (d_out, _) in shapes.items() if config.biased(path)]
     per_norm = 1 if config.norm == "rms" else 2
     return sizes + [config.width] * (2 * config.layers + 1) * per_norm
 

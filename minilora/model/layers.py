@@ -125,8 +125,3 @@ def init_linear(d_in: int, d_out: int, rng: Rng, *, std: float, bias: bool) -> L
     """A trainable Linear: weights N(0, std²), bias zero."""
     weight = rng.standard_normal((d_out, d_in), dtype=np.float32) * np.float32(std)
     return Linear(Parameter(weight), Parameter(np.zeros(d_out, np.float32)) if bias else None)
-
-
-def init_embedding(rows: int, width: int, rng: Rng, *, std: float) -> Embedding:
-    """A trainable Embedding: entries N(0, std²)."""
-    return Embedding(Parameter(rng.standard_normal((rows, width), np.float32) * np.float32(std)))

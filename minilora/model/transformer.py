@@ -1,13 +1,14 @@
 """One decoder-only transformer, from GPT-2 to Llama, by one config."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from ..engine.attention import attention, rope, split_heads
+from ..engine.attention import RopeScaling, attention, rope, split_heads
 from ..engine.errors import MiniloraError
 from ..engine.loss import IGNORE, cross_entropy, head_cross_entropy
 from ..engine.recompute import recompute
@@ -22,8 +23,6 @@ from .layers import (
     LinearLike,
     RMSNorm,
     Rng,
-    init_embedding,
-    init_linear,
 )
 from .module import module
 
@@ -42,8 +41,10 @@ class TransformerConfig:
     norm: str = "rms"  # "rms" or "layer"
     mlp: str = "swiglu"  # "swiglu" or "gelu"
     rope_theta: float | None = 10000.0  # None: learned positions
+    rope_scaling: RopeScaling | None = None
     packed: bool = False  # one matrix for queries, keys and values, as in GPT-2
     bias: bool = False  # biases on the linears
+    qkv_bias: bool | None = None  # those on queries, keys and values; None: as `bias`
     tied: bool = True  # the output head is the embedding table
     eps: float = 1e-5
 
@@ -77,6 +78,13 @@ class TransformerConfig:
         """Width inside the MLP."""
         return 4 * self.width if self.hidden is None else self.hidden
 
+    def biased(self, path: str) -> bool:
+        """Does the linear at `path` have a bias?  The head never has."""
+        name = path.rpartition(".")[2]
+        if name in ("query", "key", "value", "qkv") and self.qkv_bias is not None:
+            return self.qkv_bias
+        return self.bias and name != "head"
+
     @classmethod
     def gpt2(cls, **shape: Any) -> "TransformerConfig":
         """LayerNorm, learned positions, GELU, biases, packed q k v, tied head."""
@@ -95,6 +103,7 @@ class Attention:
     heads: int
     key_heads: int
     rope_theta: float | None
+    rope_scaling: RopeScaling | None = None
 
     def __call__(
         self, x: Tensor, rng: Rng | None, positions: Any = None, cache: LayerCache | None = None
@@ -103,7 +112,7 @@ class Attention:
         q = self.query(x, rng).reshape(N, T, self.heads, -1)  # (N, T, H, D)
         k = self.key(x, rng).reshape(N, T, self.key_heads, -1)  # (N, T, K, D)
         v = self.value(x, rng).reshape(N, T, self.key_heads, -1)
-        return self.output(attend(q, k, v, self.rope_theta, positions, cache), rng)
+        return self.output(attend(self, q, k, v, positions, cache), rng)
 
 
 @module
@@ -115,6 +124,7 @@ class PackedAttention:
     heads: int
     key_heads: int
     rope_theta: float | None
+    rope_scaling: RopeScaling | None = None
 
     def __call__(
         self, x: Tensor, rng: Rng | None, positions: Any = None, cache: LayerCache | None = None
@@ -122,15 +132,21 @@ class PackedAttention:
         heads = (self.heads, self.key_heads, self.key_heads)
         packed = self.qkv(x, rng)  # (N, T, (H + 2K) D)
         q, k, v = split_heads(packed, heads=heads, width=packed.shape[-1] // sum(heads))
-        return self.output(attend(q, k, v, self.rope_theta, positions, cache), rng)
+        return self.output(attend(self, q, k, v, positions, cache), rng)
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, theta: float | None, positions: Any, cache: LayerCache | None
+    layer: Attention | PackedAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Any,
+    cache: LayerCache | None,
 ) -> Tensor:
     """Rotate, remember, attend, and put the heads side by side: (N, T, C)."""
-    if theta is not None:
-        q, k = rope(q, theta=theta, positions=positions), rope(k, theta=theta, positions=positions)
+    if layer.rope_theta is not None:
+        turn = {"theta": layer.rope_theta, "scaling": layer.rope_scaling, "positions": positions}
+        q, k = rope(q, **turn), rope(k, **turn)
     if cache is not None:
         k, v = cache.extend(k, v, positions)
     out = attention(q, k, v, positions=None if cache is None else positions)
@@ -215,43 +231,69 @@ def run_block(block: Block, x: Tensor, rng: Rng | None = None) -> Tensor:
     return block(x, rng)
 
 
+def assemble(
+    config: TransformerConfig, make: Callable[[str, tuple[int, ...]], Tensor]
+) -> Transformer:
+    """The tree of `config`; `make(path, shape)` gives its Tensors, in the order of the paths.
+
+    A tied head is the embedding table and is not asked for.
+    """
+    C, D = config.width, config.head_width
+
+    def dense(path: str, d_in: int, d_out: int) -> Linear:
+        weight = make(f"{path}.weight", (d_out, d_in))
+        return Linear(weight, make(f"{path}.bias", (d_out,)) if config.biased(path) else None)
+
+    def norm(path: str) -> LayerNorm | RMSNorm:
+        weight = make(f"{path}.weight", (C,))
+        if config.norm == "rms":
+            return RMSNorm(weight, config.eps)
+        return LayerNorm(weight, make(f"{path}.bias", (C,)), config.eps)
+
+    def attention(path: str) -> Attention | PackedAttention:
+        names = ("qkv",) if config.packed else ("query", "key", "value")
+        heads = {"query": config.heads, "qkv": config.heads + 2 * config.kv}
+        inputs = [dense(f"{path}.{name}", C, heads.get(name, config.kv) * D) for name in names]
+        return (PackedAttention if config.packed else Attention)(
+            *inputs, dense(f"{path}.output", C, C), config.heads, config.kv,
+            config.rope_theta, config.rope_scaling,
+        )  # fmt: skip
+
+    def mlp(path: str) -> MLP | GatedMLP:
+        names = ("up",) if config.mlp == "gelu" else ("gate", "up")
+        inputs = [dense(f"{path}.{name}", C, config.inner) for name in names]
+        return (MLP if config.mlp == "gelu" else GatedMLP)(
+            *inputs, dense(f"{path}.down", config.inner, C)
+        )
+
+    def block(path: str) -> Block:
+        return Block(
+            norm(f"{path}.attention_norm"), attention(f"{path}.attention"),
+            norm(f"{path}.mlp_norm"), mlp(f"{path}.mlp"),
+        )  # fmt: skip
+
+    table = Embedding(make("embedding.weight", (config.vocab, C)))
+    positions = None
+    if config.rope_theta is None:
+        positions = Embedding(make("positions.weight", (config.context, C)))
+    blocks = tuple(block(f"blocks.{i}") for i in range(config.layers))
+    head = Linear(table.weight) if config.tied else dense("head", C, config.vocab)
+    return Transformer(config, table, positions, blocks, norm("norm"), head)
+
+
 def init_transformer(config: TransformerConfig, rng: Rng, std: float = 0.02) -> Transformer:
     """A trainable model: weights N(0, std²), those that write into the residual stream
     scaled by 1/√(2 layers), norms one, biases zero (Radford et al. 2019, for C >= 768;
     narrow models start better with an std near 1/√C)."""
-    C, D = config.width, config.head_width
     into_stream = std / math.sqrt(2 * config.layers)
 
-    def dense(d_in: int, d_out: int, std: float = std) -> Linear:
-        return init_linear(d_in, d_out, rng, std=std, bias=config.bias)
+    def make(path: str, shape: tuple[int, ...]) -> Parameter:
+        owner, kind = path.split(".")[-2:]
+        if kind == "bias":
+            return Parameter(np.zeros(shape, np.float32))
+        if owner.endswith("norm"):
+            return Parameter(np.ones(shape, np.float32))
+        scale = into_stream if owner in ("output", "down") else std
+        return Parameter(rng.standard_normal(shape, dtype=np.float32) * np.float32(scale))
 
-    def norm() -> LayerNorm | RMSNorm:
-        weight = Parameter(np.ones(C, np.float32))
-        if config.norm == "rms":
-            return RMSNorm(weight, config.eps)
-        return LayerNorm(weight, Parameter(np.zeros(C, np.float32)), config.eps)
-
-    def block() -> Block:
-        shape = {"heads": config.heads, "key_heads": config.kv, "rope_theta": config.rope_theta}
-        if config.packed:
-            qkv = dense(C, (config.heads + 2 * config.kv) * D)
-            attention = PackedAttention(qkv, dense(C, C, into_stream), **shape)
-        else:
-            query, key, value = (dense(C, h * D) for h in (config.heads, config.kv, config.kv))
-            attention = Attention(query, key, value, dense(C, C, into_stream), **shape)
-        if config.mlp == "gelu":
-            mlp = MLP(dense(C, config.inner), dense(config.inner, C, into_stream))
-        else:
-            gate, up = dense(C, config.inner), dense(C, config.inner)
-            mlp = GatedMLP(gate, up, dense(config.inner, C, into_stream))
-        return Block(norm(), attention, norm(), mlp)
-
-    table = init_embedding(config.vocab, C, rng, std=std)
-    learned = config.rope_theta is None
-    positions = init_embedding(config.context, C, rng, std=std) if learned else None
-    blocks = tuple(block() for _ in range(config.layers))
-    if config.tied:
-        head = Linear(table.weight)
-    else:
-        head = init_linear(C, config.vocab, rng, std=std, bias=False)
-    return Transformer(config, table, positions, blocks, norm(), head)
+    return assemble(config, make)

@@ -1,0 +1,89 @@
+"""The same adapter for other programs: llama.cpp reads a GGUF file, mlx-lm a directory.
+
+    GGUF      blk.0.attn_q.weight.lora_a (r, d_in), .lora_b (d_out, r); s = alpha / r, always
+    mlx-lm    model.layers.0.self_attn.q_proj.lora_a (d_in, r), .lora_b (r, d_out); s in a config
+
+Neither knows a scale alpha / √r or one that differs from module to module, so what s is beyond
+the one they will use is multiplied into B: the product s B A is the same.
+"""
+
+import json
+import os
+from collections import Counter
+
+import numpy as np
+
+from ..engine.backend import to_numpy
+from ..engine.errors import AdapterError
+from ..lora.lora import LoRAEmbedding, LoRALinear
+from ..model.transformer import Transformer
+from . import gguf, safetensors
+from .atomic import replace_directory
+from .names import family, gguf_name, hf_name, rotated_heads, to_neighbors
+from .peft import adapter_nodes
+
+Node = LoRALinear | LoRAEmbedding
+
+
+def factors(node: Node, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """A, and B times what the node's scale is beyond `scale`; untouched where that is 1."""
+    A, B = to_numpy(node.A.data), to_numpy(node.B.data)
+    return A, B if node.scale == scale else (B * (node.scale / scale)).astype(B.dtype)
+
+
+def export_gguf(path: str | os.PathLike, adapted: Transformer) -> None:
+    """Write an adapter file for llama.cpp.
+
+    Errors: `AdapterError` where there is none; `FormatError` for a form GGUF has no names for.
+    """
+    nodes, config = adapter_nodes(adapted), adapted.config
+    alpha = Counter(node.alpha for node in nodes.values()).most_common(1)[0][0]
+    tensors = {}
+    for place, node in nodes.items():
+        A, B = factors(node, alpha / node.rank)
+        heads = rotated_heads(place, config)
+        B = to_neighbors(B, heads) if heads else B
+        name = f"{gguf_name(place, config)}.weight"
+        tensors[f"{name}.lora_a"] = (A.T if isinstance(node, LoRAEmbedding) else A).astype(
+            np.float32
+        )
+        tensors[f"{name}.lora_b"] = B.astype(np.float32)
+    metadata = {
+        "general.architecture": family(config), "general.type": "adapter",
+        "adapter.type": "lora", "adapter.lora.alpha": float(alpha),
+    }  # fmt: skip
+    gguf.write(path, metadata, tensors)
+
+
+def export_mlx(directory: str | os.PathLike, adapted: Transformer) -> None:
+    """Write an adapter directory for mlx-lm.
+
+    Errors: `AdapterError` for what it has no place for: ranks that differ, adapters on
+    embeddings or the head, and modules that are adapted in some blocks only.
+    """
+    nodes, config = adapter_nodes(adapted), adapted.config
+    if family(config) == "gpt2":
+        raise AdapterError("mlx: expected a model of the Llama or Qwen2 family, found GPT-2's form")
+    if any(isinstance(n, LoRAEmbedding) or path == "head" for path, n in nodes.items()):
+        raise AdapterError("mlx: expected adapters on the linears of blocks, found others")
+    ranks = {node.rank for node in nodes.values()}
+    if len(ranks) > 1:
+        raise AdapterError(f"mlx: expected one rank, found {sorted(ranks)}")
+    names = {path: hf_name(path, config) for path in nodes}
+    keys = sorted({".".join(name.split(".")[3:]) for name in names.values()})
+    if len(nodes) != len(keys) * config.layers:
+        raise AdapterError("mlx: expected the same modules in every block")
+    scale = Counter(node.scale for node in nodes.values()).most_common(1)[0][0]
+    tensors = {}
+    for path, node in nodes.items():
+        A, B = factors(node, scale)
+        tensors[f"{names[path]}.lora_a"] = np.ascontiguousarray(A.T)
+        tensors[f"{names[path]}.lora_b"] = np.ascontiguousarray(B.T)
+    parameters = {"rank": ranks.pop(), "scale": scale, "dropout": 0.0, "keys": keys}
+    content = {
+        "fine_tune_type": "lora", "num_layers": config.layers, "lora_parameters": parameters,
+    }  # fmt: skip
+    replace_directory(directory, {
+        "adapter_config.json": json.dumps(content, indent=1).encode() + b"\n",
+        "adapters.safetensors": safetensors.encode(tensors, {"format": "mlx"}),
+    })  # fmt: skip

@@ -1,0 +1,441 @@
+"""An adapter as the directory that PEFT reads: a config and the factors, written as one thing.
+
+    adapter_config.json            what was adapted, with which rank and alpha
+    adapter_model.safetensors      base_model.model.<module>.lora_A.weight   (r, d_in)
+                                                            .lora_B.weight   (d_out, r)
+                                   for an embedding .lora_embedding_A (r, V), _B (C, r)
+
+The two mean something only together, so they are swapped in together, and the weights carry
+the config's digest: a pair that was torn apart by a copy is refused.  They also carry a
+fingerprint of the base.  Nothing in an adapter is run: target patterns are names, not regular
+expressions, and a pickle is not opened.
+
+Source: the checkpoint format in the documentation of github.com/huggingface/peft.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..engine.backend import to_device, to_numpy, xp_of
+from ..engine.errors import (
+    AdapterError,
+    BaseMismatchWarning,
+    FormatError,
+    MiniloraError,
+    MissingAdapterError,
+)
+from ..engine.tensor import Parameter, Tensor
+from ..lora.lora import LoRAEmbedding, LoRALinear, is_adaptable, is_adapter
+from ..model.layers import Embedding
+from ..model.module import freeze, parameters, rebuild, walk
+from ..model.transformer import Transformer
+from . import safetensors
+from .atomic import Content, replace_directory
+from .names import family, hf_name
+from .tokenizer import load_json
+from .untrusted import short
+
+CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+PREFIX = "base_model.model."
+CONFIG_DIGEST, BASE_DIGEST = "minilora.config_sha256", "minilora.base_sha256"
+MAX_RANK = 65536
+SUFFIXES = {
+    ".lora_A.weight": "A", ".lora_B.weight": "B",
+    ".lora_embedding_A": "A", ".lora_embedding_B": "B",
+}  # fmt: skip
+PLAIN_PATTERN = re.compile(r"\^?[A-Za-z0-9_.\\-]+\$?")
+
+# Settings that are read, or that change nothing about what a saved adapter computes ...
+READ = {
+    "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern",
+    "alpha_pattern", "use_rslora", "base_model_name_or_path",
+}  # fmt: skip
+IGNORED = {
+    "task_type", "inference_mode", "peft_version", "revision", "auto_mapping", "fan_in_fan_out",
+    "exclude_modules", "layers_pattern", "megatron_core", "qalora_group_size", "loftq_config",
+    "ensure_weight_tying", "eva_config", "lora_ga_config", "runtime_config",
+}  # fmt: skip
+# ... and others, which must be absent or say no.  Weights that such an initialization moved out
+# of the base are missing from it.
+INITS = (True, False, "gaussian", "eva", "orthogonal", "lora_ga", None)
+
+
+def base_fingerprint(model: Any) -> str:
+    """sha256 of the embedding table, which no quantization changes: whose adapter is this?"""
+    table = model.embedding
+    weight = (table.base if isinstance(table, LoRAEmbedding) else table).weight
+    array = np.ascontiguousarray(to_numpy(weight.data), np.float32)
+    return hashlib.sha256(f"{array.shape}".encode() + array.tobytes()).hexdigest()
+
+
+def adapter_nodes(model: Any) -> dict[str, LoRALinear | LoRAEmbedding]:
+    """The adapters of a tree by path.  Errors: `AdapterError` if there are none."""
+    nodes = {path: node for path, node in walk(model) if is_adapter(node)}
+    if not nodes:
+        raise AdapterError("adapter: expected a model with adapters, found none")
+    return nodes
+
+
+def save_adapter(
+    directory: str | os.PathLike,
+    adapted: Transformer,
+    *,
+    base: str | None = None,
+    card: str | None = None,
+) -> None:
+    """Write the adapters of a tree, whole or not at all; `base` names what they belong on.
+
+    `card` is the README beside them.  Errors: `AdapterError` where there is no adapter, where
+    other weights train too, or where scales or dropout rates differ in kind; `FormatError` for
+    a model that no family of checkpoints has; `CheckpointError` if it cannot be written.
+    """
+    nodes = adapter_nodes(adapted)
+    factors = {id(f) for node in nodes.values() for f in (node.A, node.B)}
+    others = [path for path, p in parameters(adapted).items() if id(p) not in factors]
+    if others:
+        raise AdapterError(
+            f"save_adapter: weights train that are no adapter ({', '.join(others[:3])}); they "
+            "would be lost: save the whole model"
+        )
+    config = adapter_config(adapted, nodes, base)
+    raw = json.dumps(config, indent=1, sort_keys=True).encode() + b"\n"
+    arrays = {}
+    for path, node in nodes.items():
+        module = PREFIX + hf_name(path, adapted.config)
+        table = isinstance(node, LoRAEmbedding)
+        for letter, factor in (("A", node.A), ("B", node.B)):
+            name = (
+                f"{module}.lora_embedding_{letter}" if table else f"{module}.lora_{letter}.weight"
+            )
+            arrays[name] = to_numpy(factor.data)
+    notes = {
+        "format": "pt",
+        CONFIG_DIGEST: hashlib.sha256(raw).hexdigest(),
+        BASE_DIGEST: base_fingerprint(adapted),
+    }
+    files: dict[str, Content] = {CONFIG: raw, WEIGHTS: safetensors.encode(arrays, notes)}
+    if card is not None:
+        files[CARD] = card.encode()
+    replace_directory(directory, files)
+
+
+def adapter_config(
+    model: Transformer, nodes: Mapping[str, LoRALinear | LoRAEmbedding], base: str | None
+) -> dict[str, Any]:
+    """What PEFT needs to know: the commonest rank and alpha, and patterns for the others."""
+    names = {path: hf_name(path, model.config) for path in nodes}
+    stabilized = one_of("rank_stabilized", [n.rank_stabilized for n in nodes.values()])
+    rates = [n.dropout for n in nodes.values() if isinstance(n, LoRALinear)]
+    rank = Counter(n.rank for n in nodes.values()).most_common(1)[0][0]
+    alpha = Counter(n.alpha for n in nodes.values()).most_common(1)[0][0]
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+        "r": rank, "lora_alpha": short_number(alpha), "use_rslora": stabilized,
+        "lora_dropout": one_of("dropout", rates or [0.0]),
+        "target_modules": target_names(model, names),
+        "rank_pattern": {names[p]: n.rank for p, n in nodes.items() if n.rank != rank},
+        "alpha_pattern": {
+            names[p]: short_number(n.alpha) for p, n in nodes.items() if n.alpha != alpha
+        },
+        "bias": "none", "use_dora": False, "modules_to_save": None, "inference_mode": True,
+        "fan_in_fan_out": family(model.config) == "gpt2",
+    }  # fmt: skip
+
+
+def one_of(name: str, values: Iterable[Any]) -> Any:
+    found = set(values)
+    if len(found) > 1:
+        raise AdapterError(f"{name}: expected one value for all adapters, found {sorted(found)}")
+    return found.pop()
+
+
+def short_number(value: float) -> int | float:
+    return int(value) if value == int(value) else value
+
+
+def target_names(model: Transformer, names: Mapping[str, str]) -> list[str]:
+    """Last names where they mean exactly the adapted modules, else the whole ones."""
+    there = [hf_name(path, model.config) for path in adaptable_paths(model)]
+    chosen = set(names.values())
+    short_ones = {name.rpartition(".")[2] for name in chosen}
+    meant = {name for name in there if name.rpartition(".")[2] in short_ones}
+    return sorted(short_ones if meant == chosen else chosen)
+
+
+def adaptable_paths(model: Transformer) -> list[str]:
+    """Paths of what an adapter can sit on, or sits on."""
+    found: list[str] = []
+    for path, node in walk(model):
+        below = any(path.startswith(f"{outer}.base") for outer in found)
+        if (is_adapter(node) or is_adaptable(node)) and not below:
+            found.append(path)
+    return found
+
+
+def load_adapter(
+    directory: str | os.PathLike,
+    model: Transformer,
+    *,
+    trainable: bool = False,
+    strict_base: bool = False,
+    allow_nonfinite: bool = False,
+) -> Transformer:
+    """A new tree: `model` frozen, with the adapter of a directory on it, to the bit.
+
+    `model` may be quantized.  The factors are Tensors, or Parameters if `trainable`.
+    Errors: `MissingAdapterError`; `AdapterError` for all that would make the adapter compute
+    something else than where it was saved: a setting not done here, tensors missing, left over,
+    of another shape or not finite, a digest that differs.  A base with another fingerprint is
+    a `BaseMismatchWarning`, or with `strict_base` an error.
+    """
+    directory = Path(directory)
+    if any(is_adapter(node) for _, node in walk(model)):
+        raise AdapterError("load_adapter: expected a plain model, found one with adapters")
+    config = read_adapter_config(directory)
+    stored = read_weights(directory, config, allow_nonfinite)
+    paths = {hf_name(path, model.config): path for path in adaptable_paths(model)}
+    factors = sorted_factors(directory, stored, paths, model)
+    expect_targets(directory, config, paths, {paths[module] for module in factors})
+    check_base(directory, stored, model, strict_base)
+
+    new = {}
+    nodes = dict(walk(model))
+    kind = Parameter if trainable else Tensor
+    for module, pair in factors.items():
+        path = paths[module]
+        node = nodes[path]
+        table = isinstance(node, Embedding)
+        d_out, d_in = node.weight.shape[::-1] if table else node.shape
+        r = pattern_value(config["rank_pattern"], module, config["r"])
+        for letter, shape in (("A", (r, d_in)), ("B", (d_out, r))):
+            found = stored.entries[pair[letter]].shape
+            if found != shape:
+                raise AdapterError(
+                    f"{directory / WEIGHTS}: {pair[letter]}: expected {shape}, found {found}"
+                )
+        weight = node.weight.data if table else model.norm.weight.data
+        device = "cpu" if xp_of(weight) is np else "cuda"
+        A, B = (
+            kind(to_device(decoded(directory, stored, pair[letter]), device)) for letter in "AB"
+        )
+        alpha = float(pattern_value(config["alpha_pattern"], module, config["lora_alpha"]))
+        rate = 0.0 if table else config["lora_dropout"]
+        wrap = LoRAEmbedding if table else LoRALinear
+        new[path] = (wrap, A, B, alpha, config["use_rslora"], rate)
+
+    def put(path: str, node: Any) -> Any:
+        if path not in new:
+            return node
+        wrap, *rest = new[path]
+        return wrap(node, *rest)
+
+    return rebuild(freeze(model), put)
+
+
+def read_adapter_config(directory: Path) -> dict[str, Any]:
+    """The settings of an adapter, checked one by one before anything is made from them."""
+    path = directory / CONFIG
+    if not path.exists():
+        raise MissingAdapterError(f"{path}: no such file; expected the directory of an adapter")
+    try:
+        content = load_json(path)
+    except FormatError as error:
+        raise AdapterError(str(error)) from None
+    config = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "lora_dropout": 0.0,
+              "lora_alpha": None} | content  # fmt: skip
+
+    def refuse(name: str, wanted: str) -> None:
+        raise AdapterError(f"{path}: {name}: expected {wanted}, found {short(config.get(name))}")
+
+    if config.get("peft_type") != "LORA":
+        refuse("peft_type", '"LORA"')
+    for name, value in content.items():
+        known = name in READ or name in IGNORED
+        if name == "bias" and value in ("none", None):
+            continue
+        if name == "init_lora_weights":
+            if not any(value is init or value == init for init in INITS):
+                refuse(name, "an initialization that leaves the base alone")
+        elif not known and value not in (None, False, [], {}):
+            refuse(name, "nothing: this is not done here")
+    if type(config.get("r")) is not int or not 1 <= config["r"] <= MAX_RANK:
+        refuse("r", f"a whole number in 1..{MAX_RANK}")
+    if not is_alpha(config["lora_alpha"]):
+        refuse("lora_alpha", "a finite number > 0")
+    if not is_number(config["lora_dropout"]) or not 0 <= config["lora_dropout"] < 1:
+        refuse("lora_dropout", "a number in [0, 1)")
+    if type(config["use_rslora"]) is not bool:
+        refuse("use_rslora", "true or false")
+    targets = config.get("target_modules")
+    if type(targets) is str and targets != "all-linear":
+        refuse("target_modules", 'names or "all-linear" (a regular expression is not run)')
+    if type(targets) is not str and not is_names(targets):
+        refuse("target_modules", "a list of names")
+    for name, fits in (
+        ("rank_pattern", lambda r: type(r) is int and 1 <= r <= MAX_RANK),
+        ("alpha_pattern", is_alpha),
+    ):
+        patterns = config[name] = config[name] or {}
+        if type(patterns) is not dict or not all(map(fits, patterns.values())):
+            refuse(name, "a module and its value each")
+        if not all(PLAIN_PATTERN.fullmatch(pattern) for pattern in patterns):
+            refuse(name, "names of modules (a regular expression is not run)")
+    return config
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def is_alpha(value: Any) -> bool:
+    return is_number(value) and 0 < value < 1e30
+
+
+def is_names(value: Any) -> bool:
+    return type(value) is list and bool(value) and all(type(name) is str for name in value)
+
+
+def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first pattern that is the module's name or an end of it at a dot."""
+    for pattern, value in patterns.items():
+        name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+        whole = pattern.startswith("^")
+        if module == name or (not whole and module.endswith(f".{name}")):
+            return value
+    return default
+
+
+def read_weights(
+    directory: Path, config: Mapping[str, Any], allow_nonfinite: bool
+) -> safetensors.SafeTensors:
+    path = directory / WEIGHTS
+    if not path.exists():
+        if (directory / "adapter_model.bin").exists():
+            raise AdapterError(
+                f"{directory}: adapter_model.bin is a pickle, which can run code; it is not "
+                f"read: expected {WEIGHTS}"
+            )
+        raise MissingAdapterError(f"{directory}: no {WEIGHTS}")
+    try:
+        stored = safetensors.read(path, allow_nonfinite=allow_nonfinite)
+    except FormatError as error:
+        raise AdapterError(str(error)) from None
+    digest = stored.metadata.get(CONFIG_DIGEST)
+    if digest is not None:
+        found = hashlib.sha256((directory / CONFIG).read_bytes()).hexdigest()
+        if digest != found:
+            raise AdapterError(
+                f"{directory}: {CONFIG} and {WEIGHTS} were not saved together: the weights name "
+                f"a config with sha256 {digest[:12]}, found {found[:12]}"
+            )
+    return stored
+
+
+def decoded(directory: Path, stored: safetensors.SafeTensors, name: str) -> np.ndarray:
+    """A factor as float32 (float64 stays), checked."""
+    kind = stored.entries[name].dtype
+    if kind not in ("F16", "BF16", "F32", "F64"):
+        raise AdapterError(f"{directory / WEIGHTS}: {name}: expected floats, found {kind}")
+    try:
+        array = stored[name]
+    except MiniloraError as error:  # a digest that differs, a value that is not finite
+        raise AdapterError(str(error)) from None
+    return array if kind == "F64" else np.ascontiguousarray(array, np.float32)
+
+
+def sorted_factors(
+    directory: Path,
+    stored: safetensors.SafeTensors,
+    paths: Mapping[str, str],
+    model: Transformer,
+) -> dict[str, dict[str, str]]:
+    """`{module: {"A": tensor name, "B": tensor name}}`, with nothing missing and nothing over."""
+    factors: dict[str, dict[str, str]] = {}
+    odd = []
+    for name in stored:
+        module, letter, suffix = parsed(name)
+        if letter is None and is_copy_of_table(stored, name, model):
+            continue
+        table = suffix is not None and "embedding" in suffix
+        is_table = module in paths and paths[module] in ("embedding", "positions")
+        if letter is None or module not in paths or table != is_table:
+            odd.append(name)
+        else:
+            factors.setdefault(module, {})[letter] = name
+    if odd:
+        raise AdapterError(
+            f"{directory / WEIGHTS}: tensors that have no place in this model: {short(sorted(odd))}"
+        )
+    missing = [f"{m}.lora_{x}" for m, pair in factors.items() for x in "AB" if x not in pair]
+    if missing or not factors:
+        raise AdapterError(
+            f"{directory / WEIGHTS}: missing: {short(sorted(missing)) if factors else 'everything'}"
+        )
+    return factors
+
+
+def parsed(name: str) -> tuple[str, str | None, str | None]:
+    """(module, letter, suffix) of a tensor's name; no letter if it is no factor."""
+    for suffix, letter in SUFFIXES.items():
+        if name.startswith(PREFIX) and name.endswith(suffix):
+            return name[len(PREFIX) : -len(suffix)], letter, suffix
+    return name, None, None
+
+
+def is_copy_of_table(stored: safetensors.SafeTensors, name: str, model: Transformer) -> bool:
+    """PEFT saves the table itself beside its adapter: it may stay if it is the model's."""
+    table = PREFIX + hf_name("embedding", model.config)
+    if name not in (f"{table}.base_layer.weight", f"{table}.weight"):
+        return False
+    return np.array_equal(stored[name], to_numpy(model.embedding.weight.data))
+
+
+def expect_targets(
+    directory: Path, config: Mapping[str, Any], paths: Mapping[str, str], adapted: set[str]
+) -> None:
+    """Config and weights must mean the same modules, in this model."""
+    targets = config["target_modules"]
+    names = list(paths)
+    if targets == "all-linear":
+        meant = {n for n in names if paths[n] not in ("head", "embedding", "positions")}
+    else:
+        meant = set()
+        for target in targets:
+            hit = {name for name in names if name == target or name.endswith(f".{target}")}
+            if not hit:
+                raise AdapterError(
+                    f"{directory / CONFIG}: target_modules: {short(target)} matches nothing in "
+                    "this model"
+                )
+            meant |= hit
+    odd = {name for name in names if (name in meant) != (paths[name] in adapted)}
+    if odd:
+        raise AdapterError(
+            f"{directory}: the config's target_modules and the weights differ about "
+            f"{short(sorted(odd))}"
+        )
+
+
+def check_base(
+    directory: Path, stored: safetensors.SafeTensors, model: Transformer, strict: bool
+) -> None:
+    wanted = stored.metadata.get(BASE_DIGEST)
+    if wanted is None or wanted == base_fingerprint(model):
+        return
+    message = (
+        f"{directory}: trained on another base (its embedding table has sha256 {wanted[:12]}, "
+        f"this one {base_fingerprint(model)[:12]})"
+    )
+    if strict:
+        raise AdapterError(message)
+    warnings.warn(message, BaseMismatchWarning, stacklevel=3)
