@@ -8,6 +8,7 @@ is Ġ, a line end Ċ.  (Sennrich et al. 2016; on bytes: Radford et al. 2019.)
 import heapq
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 
 from ..engine.errors import MiniloraError
 
@@ -35,7 +36,7 @@ def merge_word(word: str | Iterable[str], ranks: Mapping[Pair, int]) -> list[str
     n = len(parts)
     after, before = list(range(1, n + 1)), list(range(-1, n - 1))
     heap = [
-        (ranks[pair], i) for i, pair in enumerate(zip(parts, parts[1:], strict=False))
+        (ranks[pair], i) for i, pair in enumerate(pairwise(parts))
         if pair in ranks
     ]  # fmt: skip
     heapq.heapify(heap)
@@ -67,7 +68,7 @@ def learn_merges(words: Mapping[str, int], merges: int) -> list[Pair]:
     counts: Counter[Pair] = Counter()
     where: dict[Pair, set[int]] = {}
     for i, (parts, count) in enumerate(texts):
-        for pair in zip(parts, parts[1:], strict=False):
+        for pair in pairwise(parts):
             counts[pair] += count
             where.setdefault(pair, set()).add(i)
     learned: list[Pair] = []
@@ -78,10 +79,10 @@ def learn_merges(words: Mapping[str, int], merges: int) -> list[Pair]:
         learned.append(best)
         for i in where.pop(best):
             parts, count = texts[i]
-            for pair in zip(parts, parts[1:], strict=False):
+            for pair in pairwise(parts):
                 counts[pair] -= count
             parts[:] = joined(parts, best)
-            for pair in zip(parts, parts[1:], strict=False):
+            for pair in pairwise(parts):
                 counts[pair] += count
                 where.setdefault(pair, set()).add(i)
         counts = +counts  # without the pairs that are gone

@@ -211,7 +211,7 @@ def tensor_header(cursor: Cursor) -> tuple[str, BlockType, tuple[int, ...], int]
     kind = TYPES[number]
     if math.prod(max(n, 1) for n in shape) >= 1 << 58:
         raise FormatError(f"{where}: too large: {shape}")
-    if shape and shape[-1] % kind.weights or not shape and kind.weights > 1:
+    if (shape and shape[-1] % kind.weights) or (not shape and kind.weights > 1):
         raise FormatError(
             f"{where}: expected rows of a multiple of {kind.weights} for {kind.name}, found {shape}"
         )

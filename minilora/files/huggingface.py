@@ -20,8 +20,9 @@ from ..model.transformer import Transformer, TransformerConfig, assemble
 from . import safetensors
 from .atomic import replace_directory
 from .names import family, hf_name, is_transposed
-from .tokenizer import Tokenizer, load_json
-from .untrusted import short
+from .tokenizer import Tokenizer
+from .tokenizer_files import tokenizer_json
+from .untrusted import load_json, short
 
 # What must be so, or absent, for a config to mean what is computed here.
 LLAMA_FIXED = {"hidden_act": "silu", "pretraining_tp": 1, "use_sliding_window": False}
@@ -205,11 +206,10 @@ def taken(
 def config_json(config: TransformerConfig, stop: tuple[int, ...] = ()) -> dict[str, Any]:
     """The `config.json` of a model of this shape.  Errors: `FormatError` if no family has it."""
     kind = family(config)
-    ends = {"eos_token_id": list(stop)} if stop else {}
     common = {
         "model_type": kind, "vocab_size": config.vocab, "tie_word_embeddings": config.tied,
-        "torch_dtype": "float32",
-    } | ends  # fmt: skip
+        "torch_dtype": "float32", "eos_token_id": list(stop) or None, "bos_token_id": None,
+    }  # fmt: skip
     if kind == "gpt2":
         return common | {
             "architectures": ["GPT2LMHeadModel"], "n_embd": config.width,
@@ -271,6 +271,6 @@ def save_huggingface(
             "eos_token": tokenizer.tokens[tokenizer.stop[0]] if tokenizer.stop else None,
         }
         settings = {name: value for name, value in settings.items() if value is not None}
-        files["tokenizer.json"] = tokenizer.to_json()
+        files["tokenizer.json"] = tokenizer_json(tokenizer)
         files["tokenizer_config.json"] = json.dumps(settings, indent=1).encode() + b"\n"
     replace_directory(directory, files)

@@ -15,9 +15,7 @@ Source: the checkpoint format in the documentation of github.com/huggingface/pef
 
 import hashlib
 import json
-import math
 import os
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -42,32 +40,16 @@ from ..model.transformer import Transformer
 from . import safetensors
 from .atomic import Content, replace_directory
 from .names import family, hf_name
-from .tokenizer import load_json
+from .peft_config import CONFIG, pattern_value, read_adapter_config
 from .untrusted import short
 
-CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 CONFIG_DIGEST, BASE_DIGEST = "minilora.config_sha256", "minilora.base_sha256"
-MAX_RANK = 65536
 SUFFIXES = {
     ".lora_A.weight": "A", ".lora_B.weight": "B",
     ".lora_embedding_A": "A", ".lora_embedding_B": "B",
 }  # fmt: skip
-PLAIN_PATTERN = re.compile(r"\^?[A-Za-z0-9_.\\-]+\$?")
-
-# Settings that are read, or that change nothing about what a saved adapter computes ...
-READ = {
-    "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern",
-    "alpha_pattern", "use_rslora", "base_model_name_or_path",
-}  # fmt: skip
-IGNORED = {
-    "task_type", "inference_mode", "peft_version", "revision", "auto_mapping", "fan_in_fan_out",
-    "exclude_modules", "layers_pattern", "megatron_core", "qalora_group_size", "loftq_config",
-    "ensure_weight_tying", "eva_config", "lora_ga_config", "runtime_config",
-}  # fmt: skip
-# ... and others, which must be absent or say no.  Weights that such an initialization moved out
-# of the base are missing from it.
-INITS = (True, False, "gaussian", "eva", "orthogonal", "lora_ga", None)
 
 
 def base_fingerprint(model: Any) -> str:
@@ -91,13 +73,14 @@ def save_adapter(
     adapted: Transformer,
     *,
     base: str | None = None,
-    card: str | None = None,
+    extra: Mapping[str, Content] | None = None,
 ) -> None:
     """Write the adapters of a tree, whole or not at all; `base` names what they belong on.
 
-    `card` is the README beside them.  Errors: `AdapterError` where there is no adapter, where
-    other weights train too, or where scales or dropout rates differ in kind; `FormatError` for
-    a model that no family of checkpoints has; `CheckpointError` if it cannot be written.
+    `extra` are files beside them: a model card, the record of the run.
+    Errors: `AdapterError` where there is no adapter, where other weights train too, or where
+    scales or dropout rates differ in kind; `FormatError` for a model that no family of
+    checkpoints has; `CheckpointError` if it cannot be written.
     """
     nodes = adapter_nodes(adapted)
     factors = {id(f) for node in nodes.values() for f in (node.A, node.B)}
@@ -124,9 +107,7 @@ def save_adapter(
         BASE_DIGEST: base_fingerprint(adapted),
     }
     files: dict[str, Content] = {CONFIG: raw, WEIGHTS: safetensors.encode(arrays, notes)}
-    if card is not None:
-        files[CARD] = card.encode()
-    replace_directory(directory, files)
+    replace_directory(directory, files | dict(extra or {}))
 
 
 def adapter_config(
@@ -240,79 +221,6 @@ def load_adapter(
         return wrap(node, *rest)
 
     return rebuild(freeze(model), put)
-
-
-def read_adapter_config(directory: Path) -> dict[str, Any]:
-    """The settings of an adapter, checked one by one before anything is made from them."""
-    path = directory / CONFIG
-    if not path.exists():
-        raise MissingAdapterError(f"{path}: no such file; expected the directory of an adapter")
-    try:
-        content = load_json(path)
-    except FormatError as error:
-        raise AdapterError(str(error)) from None
-    config = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "lora_dropout": 0.0,
-              "lora_alpha": None} | content  # fmt: skip
-
-    def refuse(name: str, wanted: str) -> None:
-        raise AdapterError(f"{path}: {name}: expected {wanted}, found {short(config.get(name))}")
-
-    if config.get("peft_type") != "LORA":
-        refuse("peft_type", '"LORA"')
-    for name, value in content.items():
-        known = name in READ or name in IGNORED
-        if name == "bias" and value in ("none", None):
-            continue
-        if name == "init_lora_weights":
-            if not any(value is init or value == init for init in INITS):
-                refuse(name, "an initialization that leaves the base alone")
-        elif not known and value not in (None, False, [], {}):
-            refuse(name, "nothing: this is not done here")
-    if type(config.get("r")) is not int or not 1 <= config["r"] <= MAX_RANK:
-        refuse("r", f"a whole number in 1..{MAX_RANK}")
-    if not is_alpha(config["lora_alpha"]):
-        refuse("lora_alpha", "a finite number > 0")
-    if not is_number(config["lora_dropout"]) or not 0 <= config["lora_dropout"] < 1:
-        refuse("lora_dropout", "a number in [0, 1)")
-    if type(config["use_rslora"]) is not bool:
-        refuse("use_rslora", "true or false")
-    targets = config.get("target_modules")
-    if type(targets) is str and targets != "all-linear":
-        refuse("target_modules", 'names or "all-linear" (a regular expression is not run)')
-    if type(targets) is not str and not is_names(targets):
-        refuse("target_modules", "a list of names")
-    for name, fits in (
-        ("rank_pattern", lambda r: type(r) is int and 1 <= r <= MAX_RANK),
-        ("alpha_pattern", is_alpha),
-    ):
-        patterns = config[name] = config[name] or {}
-        if type(patterns) is not dict or not all(map(fits, patterns.values())):
-            refuse(name, "a module and its value each")
-        if not all(PLAIN_PATTERN.fullmatch(pattern) for pattern in patterns):
-            refuse(name, "names of modules (a regular expression is not run)")
-    return config
-
-
-def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def is_alpha(value: Any) -> bool:
-    return is_number(value) and 0 < value < 1e30
-
-
-def is_names(value: Any) -> bool:
-    return type(value) is list and bool(value) and all(type(name) is str for name in value)
-
-
-def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that is the module's name or an end of it at a dot."""
-    for pattern, value in patterns.items():
-        name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
-        whole = pattern.startswith("^")
-        if module == name or (not whole and module.endswith(f".{name}")):
-            return value
-    return default
 
 
 def read_weights(

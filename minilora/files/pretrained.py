@@ -15,7 +15,8 @@ from ..model.transformer import Transformer, TransformerConfig, assemble
 from . import gguf
 from .huggingface import read_huggingface, taken
 from .names import gguf_name, rotated_heads, to_halves
-from .tokenizer import Tokenizer, read_tokenizer, tokenizer_from_gguf
+from .tokenizer import Tokenizer
+from .tokenizer_files import read_tokenizer, tokenizer_from_gguf
 from .untrusted import short
 
 SMOLLM2 = "smollm2"

@@ -4,6 +4,7 @@ import json
 import os
 import stat
 from collections.abc import Callable
+from pathlib import Path
 from reprlib import Repr
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..engine.errors import FormatError, MissingFileError
 
 _repr = Repr()
 _repr.maxstring = 120
+MAX_JSON = 64 << 20  # bytes of a file; the largest tokenizer.json known has 33 MB
 short = _repr.repr  # for messages: a hostile file may hold names of megabytes
 
 
@@ -67,3 +69,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a file of bounded size."""
+    raw = map_file(path)
+    if len(raw) > MAX_JSON:
+        raise FormatError(f"{path}: expected at most {MAX_JSON} bytes, found {len(raw)}")
+    content = parse_json(str(path), raw.tobytes())
+    if type(content) is not dict:
+        raise FormatError(f"{path}: expected an object, found {short(content)}")
+    return content

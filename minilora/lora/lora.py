@@ -69,9 +69,12 @@ class LoRALinear:
 
     def __call__(self, x: Tensor, rng: Rng | None = None) -> Tensor:
         if self.dropout and rng is not None:
-            detour = linear(linear(dropout(x, rate=self.dropout, rng=rng), self.A), self.B)
-            return self.base(x) + detour * self.scale
+            return self.base(x) + self.detour(dropout(x, rate=self.dropout, rng=rng))
         return lora_linear(x, self.A, self.B, base=self.base, scale=self.scale)
+
+    def detour(self, x: Tensor) -> Tensor:
+        """s (x Aᵀ) Bᵀ: what the adapter adds."""
+        return linear(linear(x, self.A), self.B) * self.scale
 
     def delta(self) -> Any:
         """ΔW = s B A, an array (d_out, d_in)."""
@@ -117,7 +120,11 @@ class LoRAEmbedding:
         return scale_of(self.rank, self.alpha, self.rank_stabilized)
 
     def __call__(self, ids: Any, rng: Rng | None = None) -> Tensor:
-        return self.base(ids) + linear(embedding(transpose(self.A), ids=ids), self.B) * self.scale
+        return self.base(ids) + self.detour(ids)
+
+    def detour(self, ids: Any) -> Tensor:
+        """s (Aᵀ[id]) Bᵀ: what the adapter adds."""
+        return linear(embedding(transpose(self.A), ids=ids), self.B) * self.scale
 
     def delta(self) -> Any:
         """ΔW = s (B A)ᵀ, an array (V, C)."""

@@ -6,28 +6,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ..engine.backend import xp_of
-from ..engine.errors import MiniloraError, NumericsError
+from ..engine.errors import CheckpointError, MiniloraError, NumericsError
 from ..engine.progress import progress
 from ..model.module import freeze, tensors
+from .checkpoint import Checkpoints, Fit, Tally, digest_of, reinstate, snapshot
 from .data import Data, Order
 from .parallel import Loss, Shards, device_of
-
-
-@dataclass
-class Fit:
-    """What `fit` returns: the trained tree, and how it went."""
-
-    model: Any
-    history: list[dict[str, float]] = field(default_factory=list)  # step, loss, lr, norm, val
-    steps: int = 0  # taken
-    best_step: int | None = None  # with validation: the model is the one after this many steps
-    stopped: str = "finished"  # or "early", or "interrupted"
 
 
 def fit(
@@ -44,7 +33,10 @@ def fit(
     shards: int = 1,
     validation: Data | None = None,
     every: int = 50,
+    eval_batch: int = 64,
     patience: int | None = None,
+    checkpoints: Checkpoints | None = None,
+    resume: bool = False,
     label: str = "",
 ) -> Fit:
     """Train `optimizer.model` for `steps` steps of `batch` examples.
@@ -56,8 +48,12 @@ def fit(
     `validation` it holds the mean loss there, the best model is the one returned, and
     `patience` records without a better one end the run.
 
+    With `checkpoints`, the state is saved with each record and on Ctrl-C; with `resume` the run
+    goes on from the newest one, if there is one, and ends as if it had never stopped.
+
     Ctrl-C ends the run after the step it is in, with what was learned; a second one at once.
-    Errors: `NumericsError` when a loss or gradient was not finite, naming the step and the
+    Errors: `CheckpointError` for checkpoints of another run, or any without `resume`;
+    `NumericsError` when a loss or gradient was not finite, naming the step and the
     Parameter; steps after it have changed nothing by it.
     """
     if steps < 0 or every < 1 or accumulate < 1 or shards < 1:
@@ -69,12 +65,16 @@ def fit(
     model, base_lr = optimizer.model, float(optimizer.control[0])
     xp = xp_of(optimizer.control)
     result = Fit(model)
-    best, best_loss, waited = None, math.inf, 0
-    total, items = xp.zeros(()), 0
+    tally = Tally(xp.zeros(()))
+    run = {
+        "optimizer": type(optimizer).__name__, "lr": base_lr, "steps": steps, "batch": batch,
+        "seed": seed, "clip": clip, "accumulate": accumulate, "shards": shards, "every": every,
+        "patience": patience, "train": digest_of(train) if checkpoints else "",
+    }  # fmt: skip
 
     def record(step: int, lr: float) -> dict[str, float]:
         bad = optimizer.first_bad()
-        mean = float(total) / max(1, items)
+        mean = float(tally.total) / max(1, tally.items)
         if bad is not None or not math.isfinite(mean):
             when, where = bad or (step, "the loss")
             raise NumericsError(
@@ -84,44 +84,62 @@ def fit(
             )
         entry = {"step": step, "loss": mean, "lr": lr, "norm": optimizer.norm()}
         if validation is not None:
-            entry["val"] = evaluate(model, loss, validation, batch=max(batch, 64))
+            entry["val"] = evaluate(model, loss, validation, eval_batch)
         return entry
 
+    def save() -> None:
+        if checkpoints is not None:
+            checkpoints.save(snapshot(optimizer, tally, result, run))
+
+    if checkpoints is not None and (state := checkpoints.latest()) is not None:
+        if not resume:
+            raise CheckpointError(
+                f"{checkpoints.directory}: holds checkpoints of a run; resume it, or remove them"
+            )
+        reinstate(state, optimizer, tally, result, run, checkpoints.directory)
+
+    if patience is not None and tally.waited >= patience:  # it had stopped early
+        steps = result.steps
     bar = progress(total=steps, label=label)
+    bar.update(result.steps)
     with Shards(optimizer.flat, shards) as workers, interruptible() as interrupted:
-        for step in range(steps):
+        for step in range(result.steps, steps):
             lr = base_lr * schedule(step)
             optimizer.set_lr(lr)
             scored = 0
             for micro, rows in enumerate(np.array_split(order.rows(step), accumulate)):
                 value, n = workers.add(model, loss, train, rows, (seed, step, micro))
-                total, scored = total + value, scored + n
+                tally.total, scored = tally.total + value, scored + n
             optimizer.step(divide_by=max(1, scored), clip=clip)
-            items += scored
+            tally.items += scored
             result.steps = step + 1
             bar.update(1)
             stop = bool(interrupted)
+            if stop and result.steps % every:
+                save()  # before a record that an unbroken run would not have
             if result.steps % every == 0 or result.steps == steps or stop:
                 entry = record(result.steps, lr)
                 result.history.append(entry)
                 bar.set_postfix_str(f"loss {entry.get('val', entry['loss']):.4f}")
-                total, items = xp.zeros(()), 0
+                tally.total, tally.items = xp.zeros(()), 0
                 if validation is not None:
-                    if entry["val"] < best_loss:
-                        best_loss, waited, result.best_step = entry["val"], 0, result.steps
-                        best = optimizer.flat.data.copy()
+                    if entry["val"] < tally.best_loss:
+                        tally.best_loss, tally.waited = entry["val"], 0
+                        tally.best, result.best_step = optimizer.flat.data.copy(), result.steps
                     else:
-                        waited += 1
-                    if patience is not None and waited >= patience:
-                        result.stopped = "early"
-                        break
+                        tally.waited += 1
+                if result.steps % every == 0:
+                    save()
+                if patience is not None and tally.waited >= patience:
+                    result.stopped = "early"
+                    break
             if stop:
                 result.stopped = "interrupted"
                 break
     bar.close()
     optimizer.set_lr(base_lr)
-    if best is not None:
-        optimizer.flat.data[...] = best
+    if tally.best is not None:
+        optimizer.flat.data[...] = tally.best
     return result
 
 
