@@ -3,14 +3,16 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 from . import __version__
+from .cli_model import add_commands, names
 from .engine.errors import MiniloraError
+from .lab.report import write_record
 
 OVERVIEW = """\
 minilora {version}: LoRA and QLoRA from scratch in NumPy.
@@ -24,6 +26,10 @@ minilora {version}: LoRA and QLoRA from scratch in NumPy.
   minilora memory             what a published model needs, and on which card it fits
   minilora quantize           the levels of a code, its error by block, what equal bits buy
   minilora paging             Adam's moments on pages, and a spike that they make room for
+  minilora finetune           LoRA or QLoRA on a real model and a file of yours
+  minilora generate           let a model write, with adapters or without
+  minilora perplexity         how well it predicts a text, code by code
+  minilora inspect DIR        what an adapter is; merge and convert: for other programs
   minilora bench              time and memory of a step against torch and PEFT
   minilora book               run the chapters again and write them back
   minilora gpu-check          with CuPy and a card: is every op right there, and how fast?
@@ -39,10 +45,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
-
-
-def names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
@@ -131,6 +133,8 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--out", type=Path, default=Path("figures/gpu"), help="folder for the record")
     g.set_defaults(run=run_gpu_check)
+
+    add_commands(commands)
 
     p = commands.add_parser("pretrain", help="make a shipped base again")
     p.add_argument("base", help="which base: dates, digits, facts, letters or text")
@@ -228,19 +232,6 @@ def run_experiment(args: argparse.Namespace) -> int:
     print(report(record))
     write_record(record, args.out / f"{args.command}.json", draw)
     return 0
-
-
-def write_record(record: dict, path: Path, draw: Callable, say: Callable = print) -> None:
-    """The record, and its figure beside it; where matplotlib is missing, what to install."""
-    from .files.atomic import replace_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, json.dumps(record, indent=1).encode() + b"\n")
-    say(f"\nrecord   {path}")
-    try:
-        say(f"figure   {draw(record, path.with_suffix('.png'))}")
-    except MiniloraError as error:
-        say(error)
 
 
 def run_bench(args: argparse.Namespace) -> int:

@@ -45,7 +45,8 @@ def cases(name, rng, n, T, d):
     if name == "attention":
         return normal((n, T, 4, d), (n, T, 2, d), (n, T, 2, d))(rng), {"tile": 1 + d % 7 * 16}
     if name == "rope":
-        return normal((n, T, 3, 2 * d))(rng), {"theta": 1000.0}
+        scaling = attention.RopeScaling(8.0, 1.0, 4.0, 64) if T % 2 else None
+        return normal((n, T, 3, 2 * d))(rng), {"theta": 1000.0, "scaling": scaling}
     if name == "head_cross_entropy":
         targets = rng.integers(-1, 11, (n, T))
         targets[targets < 0] = loss.IGNORE

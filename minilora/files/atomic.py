@@ -109,7 +109,7 @@ def replace_directory(path: str | os.PathLike, files: Mapping[str, Content]) -> 
     for name in files:
         if not name or name in (".", "..") or set(name) & set("/\\\0"):
             raise CheckpointError(f"{path}: expected plain file names, found {name!r}")
-    _expect_former_save(path, files)
+    expect_former_save(path, files)
 
     def build(temp: Path) -> None:
         disk.mkdir(temp)
@@ -188,7 +188,7 @@ def _swap(temp: Path, path: Path) -> Path | None:
     return old
 
 
-def _expect_former_save(path: Path, files: Mapping[str, Content]) -> None:
+def expect_former_save(path: Path, files: Iterable[str]) -> None:
     """Errors: `CheckpointError` if replacing `path` would lose anything but `files`."""
     if not os.path.lexists(path):
         return

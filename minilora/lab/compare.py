@@ -31,6 +31,7 @@ from ..train.loop import evaluate, fit
 from ..train.parallel import device_of
 from ..train.task import Task
 from ..train.tasks import get_task
+from .ledger import held_bytes
 
 DEFAULT_METHODS = ("full", "lora", "qlora")
 QLORA_RANK = 8  # the one rank at which the default run shows QLoRA
@@ -288,7 +289,7 @@ def footprint(arm: Arm, task: Task) -> dict[str, Any]:
         "trainable": trainable,
         "share": trainable / total,
         "bytes": {
-            "weights": sum(held.nbytes for held in (*weights, *codes)),
+            "weights": held_bytes(model),
             "gradients": flat.grad.nbytes,
             "optimizer": optimizer.m.nbytes + optimizer.v.nbytes,
             "activations": sum(kept.values()),

@@ -14,6 +14,7 @@ from ..model.module import freeze, tensors, walk
 from ..model.transformer import init_transformer
 from ..optim.adam8bit import AdamW8bit
 from ..optim.adamw import SGD, AdamW
+from ..quant.blockwise import QuantizedArray
 from ..quant.linear import quantize
 from .activations import saved_activations, transient_peak
 from .memory import Setting, persistent, scratch
@@ -34,6 +35,13 @@ def ledger(setting: Setting) -> dict[str, Any]:
         "total": held + sum(parts["saved"].values()),
         "peak": held + transient_peak(setting),
     }
+
+
+def held_bytes(tree: Any) -> int:
+    """What the arrays and codes of a tree take, each once."""
+    weights = [t.data for t in tensors(tree).values()]
+    codes = {id(n): n for _, n in walk(tree) if isinstance(n, QuantizedArray) and len(n.shape) == 2}
+    return sum(held.nbytes for held in (*weights, *codes.values()))
 
 
 def start(setting: Setting, seed: int = 0) -> Any:

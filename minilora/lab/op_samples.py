@@ -100,6 +100,11 @@ SAMPLES = (
     Sample(fused.dropout, (X,), lambda rng: {"rate": 0.3, "rng": np.random.default_rng(5)}),
     Sample(attention.split_heads, ((3, 37, 64),), fixed(heads=(4, 2, 2), width=8)),
     Sample(attention.rope, ((3, 37, 4, 8),), fixed(theta=10000.0)),
+    Sample(
+        attention.rope,
+        ((3, 37, 4, 8),),
+        fixed(theta=10000.0, scaling=attention.RopeScaling(8.0, 1.0, 4.0, 64)),
+    ),
     Sample(attention.attention, ((3, 150, 4, 16), (3, 150, 2, 16), (3, 150, 2, 16))),
     Sample(loss.cross_entropy, ((3, 37, 29),), drawn(targets=tokens((3, 37), 29, True))),
     Sample(

@@ -1,6 +1,12 @@
-"""A comparison in print: one table, a line an arm."""
+"""A comparison in print: one table, a line an arm; and how a record reaches the disk."""
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from ..engine.errors import MiniloraError
+from ..files.atomic import replace_file
 
 
 def report(record: dict[str, Any]) -> str:
@@ -102,3 +108,14 @@ def table(rows: list[list[str]]) -> str:
         return "  ".join([first, *others]).rstrip()
 
     return "\n".join([line(rows[0]), "  ".join("-" * w for w in widths), *map(line, rows[1:])])
+
+
+def write_record(record: dict, path: Path, draw: Callable, say: Callable = print) -> None:
+    """The record, and its figure beside it; where matplotlib is missing, what to install."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, json.dumps(record, indent=1).encode() + b"\n")
+    say(f"\nrecord   {path}")
+    try:
+        say(f"figure   {draw(record, path.with_suffix('.png'))}")
+    except MiniloraError as error:
+        say(error)

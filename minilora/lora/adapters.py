@@ -13,7 +13,8 @@ import numpy as np
 
 from ..engine.backend import to_device, xp_of
 from ..engine.errors import AdapterError
-from ..engine.tensor import Tensor, concat
+from ..engine.ops import concat
+from ..engine.tensor import Tensor
 from ..model.layers import Embedding, Rng, is_linear
 from ..model.module import freeze, module, rebuild, walk
 from ..model.targets import ALL_LINEAR, select

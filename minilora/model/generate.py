@@ -1,6 +1,6 @@
 """Text from a model, one token at a time: the likeliest, or one drawn."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,13 +33,51 @@ def generate(
     Errors: `MiniloraError` for an empty prompt or an option out of range, `NumericsError`
     for an id outside the vocabulary or logits that are not finite.
     """
+    expect_options(new_tokens, temperature, top_k, top_p)
+    tokens = each_token(
+        model,
+        prompts,
+        new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seeds=seeds,
+    )
+    made: list[Any] = []
+    running = np.ones(len(prompts), bool)
+    for token in tokens:
+        made.append(token)
+        if stop:
+            running &= ~np.isin(to_numpy(token), stop)
+            if not running.any():
+                break
+    if not made:
+        return [[] for _ in prompts]
+    table = to_numpy(xp_of(made[0]).stack(made, axis=1)).tolist()
+    return [until(row, stop) for row in table]
+
+
+def each_token(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seeds: int | Sequence[int] = 0,
+) -> Iterator[Any]:
+    """The tokens of `generate` one step at a time: (N,) on the model's device, stops included.
+
+    Nothing is computed before it is asked for: who stops asking has stopped the model.
+    """
+    expect_options(new_tokens, temperature, top_k, top_p)
     model = freeze(model)
     xp = xp_of(model.norm.weight.data)
     device = "cpu" if xp is np else "cuda"
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) < 1:
         raise MiniloraError("generate: expected prompts of at least one token each")
-    expect_options(new_tokens, temperature, top_k, top_p)
     streams = streams_of(seeds, len(lengths))
     ids = np.zeros((len(lengths), max(lengths)), np.int64)  # padded on the right
     for row, prompt in zip(ids, prompts, strict=True):
@@ -53,8 +91,6 @@ def generate(
     rows = xp.arange(len(lengths))
     x = model.hidden(to_device(ids, device), positions=to_device(positions, device), cache=cache)
     x = x[rows, last]  # (N, C)
-    made: list[Any] = []
-    running = np.ones(len(lengths), bool)
     for step in range(new_tokens):
         logits = model.head(x).data  # (N, V)
         if temperature == 0:
@@ -65,16 +101,10 @@ def generate(
                 for z, stream in zip(to_numpy(logits), streams, strict=True)
             ]
             token = to_device(np.asarray(drawn), device)
-        made.append(token)
-        if stop:
-            running &= ~np.isin(to_numpy(token), stop)
-            if not running.any():
-                break
+        yield token
         if step + 1 < new_tokens:
             last = last + 1
             x = model.hidden(token[:, None], positions=last[:, None], cache=cache)[:, 0]
-    table = to_numpy(xp.stack(made, axis=1)).tolist() if made else [[] for _ in lengths]
-    return [until(row, stop) for row in table]
 
 
 def draw(

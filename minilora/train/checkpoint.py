@@ -40,11 +40,12 @@ class State:
 class Checkpoints:
     """A directory of `step-000000120.safetensors`, each a State that is there whole or not at all.
 
-    `save` keeps the last two; `latest` takes the newest that is intact.
+    `save` keeps the last two; `latest` takes the newest that is intact.  `about` (JSON) is what
+    else makes a run this one: a state saved under another `about` is not resumed.
     """
 
-    def __init__(self, directory: str | os.PathLike):
-        self.directory = Path(directory)
+    def __init__(self, directory: str | os.PathLike, about: Mapping[str, Any] | None = None):
+        self.directory, self.about = Path(directory), dict(about or {})
 
     def paths(self) -> list[Path]:
         """What is there, oldest first."""

@@ -38,6 +38,11 @@ class Sequences(Data):
         batch = {n: to_device(a[rows, :length], device) for n, a in self.arrays.items()}
         return batch, int(self.scored[rows].sum())
 
+    def spread(self, n: int) -> "Sequences":
+        """`n` rows that lie evenly over these, or all of them if there are fewer."""
+        places = np.linspace(0, len(self) - 1, min(n, len(self))).astype(int)
+        return Sequences({name: array[places] for name, array in self.arrays.items()})
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -147,7 +152,7 @@ def kind_of(path: Path, documents: list[dict[str, Any]]) -> str:
 def windows(
     documents: list[dict[str, Any]], tokenizer: Tokenizer, length: int, counts: dict[str, int]
 ) -> list[Row]:
-    """The stream of all documents in windows of length + 1, each sharing one token with the next."""
+    """The stream of all documents in windows of length + 1; neighbors share one token."""
     stream: list[int] = []
     for document in documents:
         text = expect_text(document, "text")

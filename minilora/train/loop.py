@@ -70,6 +70,7 @@ def fit(
         "optimizer": type(optimizer).__name__, "lr": base_lr, "steps": steps, "batch": batch,
         "seed": seed, "clip": clip, "accumulate": accumulate, "shards": shards, "every": every,
         "patience": patience, "train": digest_of(train) if checkpoints else "",
+        "about": checkpoints.about if checkpoints else {},
     }  # fmt: skip
 
     def record(step: int, lr: float) -> dict[str, float]:

@@ -1,0 +1,113 @@
+"""How well a model predicts a text, and what each code of its weights costs in that."""
+
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..engine.errors import MiniloraError
+from ..engine.progress import progress
+from ..files.peft import load_adapter
+from ..quant.linear import quantize
+from ..train.corpus import loss, read_corpus
+from ..train.loop import evaluate
+from .answer import open_for_text
+from .figures import BLACK, BLUE, RED, canvas, save
+from .ledger import held_bytes
+from .machine import machine
+from .report import size, table
+
+PLAIN = "float32"
+
+
+@dataclass(frozen=True)
+class PerplexityConfig:
+    """What reads what.  A code may be `float32`, or `nf4`, `fp4`, `int4`, ...; with `+dq` its
+    scales are quantized too."""
+
+    model: str = "smollm2"
+    data: str = "genesis"
+    codes: tuple[str, ...] = (PLAIN,)
+    adapter: str | None = None
+    windows: int = 32
+    max_len: int = 256
+    batch: int = 4
+    block: int = 64
+
+
+def perplexity(config: PerplexityConfig) -> dict[str, Any]:
+    """A record: for each code the mean loss over the same windows, and exp of it.
+
+    The windows lie evenly over the text; each begins without context, so that the figures
+    are for comparing models on one setting, not for comparing settings.
+    Errors: `MiniloraError` for a model without a tokenizer or a text of fewer windows than two;
+    `QuantError` for a code that is not known.
+    """
+    began = time.monotonic()
+    source, tokenizer = open_for_text(config.model)
+    length = min(config.max_len, source.model.config.context)
+    corpus = read_corpus(config.data, tokenizer, length)
+    chosen = corpus.train.spread(config.windows)
+    rows = []
+    for name in progress(config.codes, label="perplexity"):
+        model = source.model
+        if name != PLAIN:
+            code, _, double = name.partition("+")
+            if double not in ("", "dq"):
+                raise MiniloraError(f"codes: expected NAME or NAME+dq, found {name!r}")
+            model = quantize(model, code=code, block=config.block, double=bool(double))
+        if config.adapter is not None:
+            model = load_adapter(config.adapter, model)
+        mean = evaluate(model, loss, chosen, config.batch)
+        rows.append({"code": name, "loss": mean, "perplexity": math.exp(mean),
+                     "bytes": held_bytes(model)})  # fmt: skip
+    return {
+        "kind": "perplexity",
+        "config": asdict(config),
+        "model": {"name": source.name, "weights": source.about},
+        "data": {"name": corpus.name, "kind": corpus.kind, "windows": len(chosen),
+                 "tokens": int(chosen.scored.sum())},
+        "rows": rows,
+        "machine": machine(),
+        "seconds": round(time.monotonic() - began, 1),
+    }  # fmt: skip
+
+
+def perplexity_report(record: dict[str, Any]) -> str:
+    """A table by code, and what the base itself was."""
+    data, rows = record["data"], [["code", "nats per token", "perplexity", "weights"]]
+    for row in record["rows"]:
+        rows.append([
+            row["code"], f"{row['loss']:.4f}", f"{row['perplexity']:.3f}", size(row["bytes"]),
+        ])  # fmt: skip
+    return "\n".join([
+        table(rows), "",
+        f"{record['model']['name']} on {data['name']}: {data['tokens']:,} tokens in "
+        f"{data['windows']} windows; codes on the linears of blocks, blocks of "
+        f"{record['config']['block']}.",
+        f"The base itself: {record['model']['weights']}; what the first rounding lost is in "
+        "every row.",
+    ])  # fmt: skip
+
+
+def perplexity_figure(record: dict[str, Any], path: str | os.PathLike) -> Path:
+    """Perplexity against the bytes of the weights, a point a code."""
+    figure, (ax,) = canvas(6.4, 4.0)
+    for row in record["rows"]:
+        plain, double = row["code"] == PLAIN, row["code"].endswith("+dq")
+        color = BLACK if plain else RED if double else BLUE
+        x = row["bytes"] / 2**20
+        ax.plot(x, row["perplexity"], "s" if plain else "D" if double else "o", color=color)
+        left = x > np.mean([r["bytes"] / 2**20 for r in record["rows"]])
+        ax.annotate(row["code"], (x, row["perplexity"]), textcoords="offset points",
+                    xytext=(-8 if left else 8, 0), ha="right" if left else "left", va="center",
+                    fontsize=9)  # fmt: skip
+    ax.set_xlabel("weights held, MiB")
+    ax.set_ylabel(f"perplexity on {record['data']['name']}")
+    ax.set_title("codes on the linears; the base was itself 4-bit once", loc="left", fontsize=10)
+    ax.margins(0.12, 0.12)
+    return save(figure, path)
