@@ -249,10 +249,21 @@ def save_huggingface(
     """
     config = model.config
     kind = family(config)
+    plain: dict[str, tuple[int, ...]] = {}
+
+    def note(path: str, shape: tuple[int, ...]) -> Tensor:
+        plain[path] = shape
+        return Tensor(np.empty(0))
+
+    assemble(config, note)
+    found = {path: tensor.shape for path, tensor in tensors(model).items()}
+    if found != plain:
+        odd = sorted(plain.items() ^ found.items())
+        raise FormatError(
+            f"{odd[0][0]}: expected a plain model; merge adapters, dequantize codes first"
+        )
     arrays = {}
     for path, tensor in tensors(model).items():
-        if not path.endswith((".weight", ".bias")):
-            raise FormatError(f"{path}: expected a plain model; merge adapters first")
         array = tensor.numpy().astype(dtype)
         turned = is_transposed(path, config)
         arrays[hf_name(path, config)] = np.ascontiguousarray(array.T if turned else array)

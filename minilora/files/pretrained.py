@@ -111,10 +111,12 @@ def config_of(stored: gguf.Gguf, where: str) -> TransformerConfig:
             )
         return value
 
-    for key in ("rope.scaling.type", "attention.key_length", "expert_count"):
+    head = get("embedding_length", int) // get("attention.head_count", int)
+    for key, plain in (
+        ("rope.scaling.type", "none"), ("attention.key_length", head), ("expert_count", 0),
+    ):  # fmt: skip
         value = stored.metadata.get(f"{architecture}.{key}")
-        head = get("embedding_length", int) // get("attention.head_count", int)
-        if value not in (None, "none", head, 0):
+        if value not in (None, plain):
             raise FormatError(f"{where}: {architecture}.{key}: {short(value)} is not done here")
     if "rope_freqs.weight" in stored:
         raise FormatError(f"{where}: rope_freqs.weight (rotary scaling) is not done here")

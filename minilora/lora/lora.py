@@ -143,6 +143,22 @@ def is_adaptable(node: Any) -> bool:
     return is_linear(node) or isinstance(node, Embedding)
 
 
+def by_pattern(
+    name: str, paths: Iterable[str], default: Any, pattern: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The value of each path: the default, or that of the last target that matches it.
+
+    Errors: `AdapterError` for a target that matches none.
+    """
+    values = dict.fromkeys(paths, default)
+    for target, value in (pattern or {}).items():
+        hit = [path for path in values if matches(path, target)]
+        if not hit:
+            raise AdapterError(f"{name}: {target!r} matches none of the targets")
+        values |= dict.fromkeys(hit, value)
+    return values
+
+
 def adapt(
     model: Any,
     targets: str | Iterable[str] = ALL_LINEAR,
@@ -151,6 +167,7 @@ def adapt(
     alpha: float = 16.0,
     rng: Rng,
     rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
     rank_stabilized: bool = False,
     dropout: float = 0.0,
     init: str = "kaiming",
@@ -159,7 +176,7 @@ def adapt(
     """A new tree: the model frozen, with an adapter around each linear or embedding targeted.
 
     `targets` as in `select` ("all-linear" leaves out embeddings and the output head);
-    `rank_pattern` maps targets to ranks that differ from `rank`.
+    `rank_pattern` and `alpha_pattern` map targets to what differs from `rank` and `alpha`.
     `init` of A: "kaiming", uniform in ±1/√d_in (PEFT's default), or "gaussian", N(0, 1/r²)
     (PEFT's "gaussian").  B is zero.  For an embedding, A is zero and B N(0, 1).
     Errors: `AdapterError` for a rank below 1, an unknown init, a pattern that matches no
@@ -176,12 +193,8 @@ def adapt(
     if init not in ("kaiming", "gaussian"):
         raise AdapterError(f'init: expected "kaiming" or "gaussian", found {init!r}')
     chosen = select(model, targets, is_adaptable)
-    ranks = dict.fromkeys(chosen, rank)
-    for target, r in (rank_pattern or {}).items():
-        hit = [path for path in chosen if matches(path, target)]
-        if not hit:
-            raise AdapterError(f"rank_pattern: {target!r} matches none of the targets")
-        ranks |= dict.fromkeys(hit, r)
+    ranks = by_pattern("rank_pattern", chosen, rank, rank_pattern)
+    alphas = by_pattern("alpha_pattern", chosen, alpha, alpha_pattern)
     for path, r in ranks.items():
         if not isinstance(r, int) or isinstance(r, bool) or r < 1:
             raise AdapterError(f"rank: expected a whole number >= 1 for {path}, found {r!r}")
@@ -203,7 +216,7 @@ def adapt(
         device = "cpu" if xp_of(weight) is np else "cuda"
         A, B = (Parameter(to_device(f.astype(weight.dtype), device)) for f in (A, B))
         rate = 0.0 if kind is LoRAEmbedding else dropout
-        return kind(node, A, B, float(alpha), rank_stabilized, rate)
+        return kind(node, A, B, float(alphas[path]), rank_stabilized, rate)
 
     return rebuild(freeze(model), wrap)
 

@@ -1,0 +1,100 @@
+"""Small models, tokenizers and adapters for the tests of files: every family, nothing special."""
+
+import random
+
+import numpy as np
+
+from minilora import adapt
+from minilora.engine.attention import RopeScaling
+from minilora.engine.tensor import Parameter, Tensor
+from minilora.files.chat import CHATML
+from minilora.files.tokenizer import Tokenizer, train_tokenizer
+from minilora.files.trees import DATA
+from minilora.model.module import freeze, rebuild
+from minilora.model.transformer import TransformerConfig, init_transformer
+
+SIZE = {"vocab": 320, "width": 32, "layers": 2, "heads": 4, "context": 64}
+FAMILIES = {
+    "gpt2": TransformerConfig.gpt2(**SIZE),
+    "llama": TransformerConfig(**SIZE, key_heads=2, hidden=48, tied=False),
+    "llama tied": TransformerConfig(**SIZE, key_heads=1, hidden=48, rope_theta=5e5),
+    "llama scaled": TransformerConfig(
+        **SIZE, hidden=48, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 32)
+    ),
+    "llama biased": TransformerConfig(**SIZE, hidden=48, bias=True),
+    "qwen2": TransformerConfig(**SIZE, key_heads=2, hidden=48, qkv_bias=True),
+}
+
+
+def model_of(name="llama", seed=0):
+    """A frozen model whose every weight, norms and biases too, is at no special value."""
+    rng = np.random.default_rng(seed)
+
+    def shaken(path, node):
+        if not isinstance(node, Parameter):
+            return node
+        noise = rng.standard_normal(node.shape, dtype=np.float32)
+        return Parameter(node.data + np.float32(0.1) * noise)
+
+    return freeze(rebuild(init_transformer(FAMILIES[name], rng, std=0.1), shaken))
+
+
+def adapted_of(model, seed=1, targets="all-linear", rank=3, alpha=5.0, **options):
+    """An adapter with both factors away from zero."""
+    rng = np.random.default_rng(seed)
+    adapted = adapt(model, targets, rank=rank, alpha=alpha, rng=rng, **options)
+
+    def filled(path, node):
+        if path.endswith(".B") and isinstance(node, Tensor):
+            return Parameter(0.1 * rng.standard_normal(node.shape, dtype=np.float32))
+        return node
+
+    return rebuild(adapted, filled)
+
+
+def logits(model, ids=None):
+    """Logits of some fixed ids."""
+    if ids is None:
+        ids = np.random.default_rng(7).integers(0, model.config.vocab, (2, 12))
+    return model(ids).numpy()
+
+
+TEXT = (DATA / "persona.jsonl").read_text()
+
+
+def tokenizer_of(size=320, split="smollm", chat=True):
+    """A small vocabulary with the control tokens of ChatML."""
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    made = train_tokenizer(TEXT, size, split, special)
+    return Tokenizer(
+        made.tokens, made.merges, split, made.special, made.control,
+        stop=(made.special["<|im_end|>" if chat else "<|endoftext|>"],),
+        nfc=split == "qwen2", whole_words=split == "llama3",
+        chat_template=CHATML if chat else None,
+    )  # fmt: skip
+
+
+def mutated(rng: random.Random, content: bytes, end: int) -> bytes:
+    """1, 2 or 4 edits, most of them before `end`, where a file says what it is."""
+    content = bytearray(content)
+    for _ in range(rng.choice([1, 2, 4])):
+        if len(content) < 12:
+            break
+        at = rng.randrange(min(end, len(content)))
+        kind = rng.randrange(7)
+        if kind == 0:
+            content[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            content[at] = rng.randrange(256)
+        elif kind == 2:
+            del content[at : at + rng.randrange(1, 9)]
+        elif kind == 3:
+            content[at:at] = rng.randbytes(rng.randrange(1, 9))
+        elif kind == 4:
+            wide = rng.choice([0, 1, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 32, 2**64 - 1])
+            content[at : at + 8] = wide.to_bytes(8, "little")
+        elif kind == 5 and rng.random() < 0.3:
+            del content[rng.randrange(len(content)) :]
+        elif kind == 6:
+            content[at : at + 4] = rng.choice([0, 1, 7, 8, 9, 99]).to_bytes(4, "little")
+    return bytes(content)
