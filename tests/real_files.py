@@ -6,6 +6,7 @@ import numpy as np
 
 from minilora import adapt
 from minilora.engine.attention import RopeScaling
+from minilora.engine.backend import to_device
 from minilora.engine.tensor import Parameter, Tensor
 from minilora.files.chat import CHATML
 from minilora.files.tokenizer import Tokenizer, train_tokenizer
@@ -42,11 +43,13 @@ def model_of(name="llama", seed=0):
 def adapted_of(model, seed=1, targets="all-linear", rank=3, alpha=5.0, **options):
     """An adapter with both factors away from zero."""
     rng = np.random.default_rng(seed)
+    device = "cpu" if isinstance(model.norm.weight.data, np.ndarray) else "cuda"
     adapted = adapt(model, targets, rank=rank, alpha=alpha, rng=rng, **options)
 
     def filled(path, node):
         if path.endswith(".B") and isinstance(node, Tensor):
-            return Parameter(0.1 * rng.standard_normal(node.shape, dtype=np.float32))
+            factor = 0.1 * rng.standard_normal(node.shape, dtype=np.float32)
+            return Parameter(to_device(factor, device))
         return node
 
     return rebuild(adapted, filled)

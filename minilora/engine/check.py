@@ -182,8 +182,8 @@ def cell_value(cell: Any) -> Any:
 
 def expect_finite(name: str, array: Any) -> None:
     """Refuse NaN and infinity, naming the first place.  Errors: `NumericsError`."""
-    host = to_numpy(array)
-    bad = ~np.isfinite(host)
-    if bad.any():
+    if not xp_of(array).isfinite(array).all():
+        host = to_numpy(array)
+        bad = ~np.isfinite(host)
         place = tuple(int(i) for i in np.argwhere(bad)[0])
         raise NumericsError(f"{name}: expected finite values, found {host[place]} at {place}")

@@ -227,6 +227,8 @@ def combine(
             f"combine: expected a way in {WAYS} and a weight for each adapter; found {way!r}, "
             f"{len(adapters)} adapters, {len(weights)} weights"
         )
+    if not np.isfinite(weights).all():
+        raise AdapterError(f"combine: expected finite weights, found {weights}")
     if (way == "svd") != (rank is not None) or (rank is not None and rank < 1):
         raise AdapterError(f'combine: expected a rank >= 1 with "svd" only, found {rank}')
     made, errors = {}, {}

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..engine.backend import to_device, xp_of
+from ..engine.check import expect_finite
 from ..engine.errors import AdapterError
 from ..engine.fused import dropout, embedding, linear, lora_linear
 from ..engine.tensor import Parameter, Tensor, transpose
@@ -227,12 +228,14 @@ def merge(adapted: Any, retie: bool = False) -> Any:
     A head tied to an adapted embedding keeps the old table, as it had it in training; with
     `retie` it takes the merged one, which is another function.  There is no unmerge:
     nothing was overwritten.
+    Errors: `NumericsError` naming the module whose merged weight would not be finite.
     """
     merged_tables: dict[int, Tensor] = {}
 
     def fold(path: str, node: Any) -> Any:
         if is_adapter(node):
             plain = node.merged()
+            expect_finite(f"merge: {path}", plain.weight.data)
             if retie and isinstance(node, LoRAEmbedding):
                 merged_tables[id(node.base.weight)] = plain.weight
             return plain

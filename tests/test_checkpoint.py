@@ -1,0 +1,245 @@
+"""run(N) equals run(k) and a resumed rest, to the bit; a kill loses at most what was not saved."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from real_files import adapted_of, model_of
+
+import minilora
+from minilora import SGD, AdamW, Data, fit, schedule
+from minilora.engine.errors import CheckpointError, MiniloraError
+from minilora.files import safetensors
+from minilora.model.module import to_device
+from minilora.optim.adam8bit import AdamW8bit
+from minilora.train.checkpoint import KEEP, Checkpoints, State
+
+STEPS = 7
+
+
+def data(seed=0, n=22):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 320, (n, 6))
+    return Data({"ids": ids, "targets": np.roll(ids, -1, axis=1)})
+
+
+def loss(model, batch, rng):
+    return model.loss(batch["ids"], batch["targets"], rng=rng)
+
+
+KINDS = {"adamw": AdamW, "adamw8bit": AdamW8bit, "sgd": lambda m, lr: SGD(m, lr=lr, momentum=0.9)}
+
+
+def optimizer(device, kind="adamw", rank=2):
+    """Adapters with dropout, so that the random streams matter."""
+    model = to_device(model_of("llama"), device)
+    return KINDS[kind](adapted_of(model, rank=rank, dropout=0.2), lr=5e-3)
+
+
+def run(device, folder=None, stop_after=None, resume=False, kind="adamw", **options):
+    """A fit of STEPS steps; it stops as Ctrl-C stops it, after `stop_after` of them."""
+    calls = [0]
+
+    def counting(model, batch, rng):
+        calls[0] += 1
+        if calls[0] == stop_after:
+            signal.raise_signal(signal.SIGINT)
+        return loss(model, batch, rng)
+
+    o = optimizer(device, kind)
+    settings = {
+        "steps": STEPS, "batch": 4, "seed": 3, "clip": 1.0, "every": 2,
+        "schedule": schedule("linear", STEPS, 0.2),
+    } | options  # fmt: skip
+    checkpoints = None if folder is None else Checkpoints(folder)
+    result = fit(o, counting, data(), checkpoints=checkpoints, resume=resume, **settings)
+    return result, o
+
+
+def same(a, b, host):
+    (run_a, opt_a), (run_b, opt_b) = a, b
+    assert host(opt_a.flat.data).tobytes() == host(opt_b.flat.data).tobytes()
+    ours, theirs = opt_a.state(), opt_b.state()
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert host(ours[name]).tobytes() == host(theirs[name]).tobytes(), name
+    assert run_a.history == run_b.history
+    assert (run_a.steps, run_a.best_step, run_a.stopped) == (
+        run_b.steps, run_b.best_step, run_b.stopped,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(device):
+    return run(device)
+
+
+@pytest.mark.parametrize("k", range(1, STEPS))
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(tmp_path, device, host, whole, k):
+    first, _ = run(device, tmp_path / "c", stop_after=k)
+    assert (first.stopped, first.steps) == ("interrupted", k)
+    second = run(device, tmp_path / "c", resume=True)
+    assert second[0].steps == STEPS
+    same(second, whole, host)
+
+
+@pytest.mark.parametrize("kind", ["adamw8bit", "sgd"])
+def test_every_optimizer_is_resumed(tmp_path, device, host, kind):
+    run(device, tmp_path / "c", stop_after=3, kind=kind)
+    same(run(device, tmp_path / "c", resume=True, kind=kind), run(device, kind=kind), host)
+
+
+def test_stopped_twice_with_validation_shards_and_accumulation(tmp_path, device, host):
+    options = {"validation": data(seed=5), "accumulate": 2, "shards": 2, "every": 3}
+    for k in (3, 4):
+        run(device, tmp_path / "c", stop_after=k, resume=True, **options)
+    found = run(device, tmp_path / "c", resume=True, **options)
+    same(found, run(device, **options), host)
+
+
+def test_an_early_stop_is_not_trained_past(tmp_path, device):
+    options = {"validation": data(seed=5), "every": 1, "patience": 1, "steps": 40}
+    first, _ = run(device, tmp_path / "c", **options)
+    again, _ = run(device, tmp_path / "c", resume=True, **options)
+    assert first.stopped == "early"
+    assert again.steps == first.steps
+
+
+def test_resume_without_a_checkpoint_begins(tmp_path, device, host, whole):
+    same(run(device, tmp_path / "none", resume=True), whole, host)
+
+
+# ------------------------------------------------------------------ what is kept
+
+
+def test_the_last_two_are_kept(tmp_path, device):
+    run(device, tmp_path / "c")
+    names = sorted(os.listdir(tmp_path / "c"))
+    assert names == ["step-000000004.safetensors", "step-000000006.safetensors"]
+    assert len(names) == KEEP
+    Checkpoints(tmp_path / "c").clear()
+    assert not (tmp_path / "c").exists()
+
+
+def test_clearing_leaves_what_is_not_ours(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(State(1, {"a": np.zeros(2)}, {"x": 1}))
+    (tmp_path / "notes.txt").write_text("mine")
+    checkpoints.clear()
+    assert os.listdir(tmp_path) == ["notes.txt"]
+
+
+def test_a_damaged_newest_is_passed_over(tmp_path, device, host, whole):
+    run(device, tmp_path / "c")
+    newest = Checkpoints(tmp_path / "c").paths()[-1]
+    raw = bytearray(newest.read_bytes())
+    raw[-3] ^= 1
+    newest.write_bytes(raw)
+    with pytest.warns(UserWarning, match="sha256; trying an older"):
+        found = run(device, tmp_path / "c", resume=True)
+    same(found, whole, host)
+    for path in Checkpoints(tmp_path / "c").paths():
+        path.write_bytes(path.read_bytes()[:-1])
+    with (
+        pytest.warns(UserWarning, match="trying an older"),
+        pytest.raises(CheckpointError, match="no intact checkpoint"),
+    ):
+        run(device, tmp_path / "c", resume=True)
+
+
+def test_notes_and_tensors_need_their_digests(tmp_path):
+    path = Checkpoints(tmp_path).save(State(3, {"a": np.arange(3.0)}, {"x": [1, None]}))
+    back = Checkpoints(tmp_path).latest()
+    assert (back.step, back.notes, back.arrays["a"].tolist()) == (3, {"x": [1, None]}, [0, 1, 2])
+    stored = safetensors.read(path)
+    notes = dict(stored.metadata)
+    notes["minilora.state"] = json.dumps({"x": 2})
+    safetensors.write(path, dict(stored), notes)
+    with pytest.raises(CheckpointError, match="notes do not match"):
+        Checkpoints(tmp_path).read(path)
+
+
+# ------------------------------------------------------------------ whose they are
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"batch": 5}, {"seed": 4}, {"steps": 9}, {"clip": None}, {"shards": 2}, {"every": 3}],
+)
+def test_another_run_is_refused(tmp_path, device, changes):
+    run(device, tmp_path / "c", stop_after=3)
+    (name,) = changes
+    with pytest.raises(CheckpointError, match=f"belongs to another run .*{name}: saved"):
+        run(device, tmp_path / "c", resume=True, **changes)
+
+
+def test_other_data_another_model_and_another_purpose(tmp_path, device):
+    settings = {"steps": STEPS, "batch": 4, "every": 2, "resume": True}
+    fit(optimizer(device), loss, data(), checkpoints=Checkpoints(tmp_path), **settings)
+    for o, d, about, message in (
+        (optimizer(device), data(seed=1), {}, "train: saved"),
+        (optimizer(device, rank=3), data(), {}, "expected"),
+        (optimizer(device, "sgd"), data(), {}, "optimizer: saved"),
+        (optimizer(device), data(), {"model": "other"}, "about: saved"),
+    ):
+        with pytest.raises(MiniloraError, match=message):
+            fit(o, loss, d, checkpoints=Checkpoints(tmp_path, about), **settings)
+
+
+def test_an_old_run_is_not_overwritten_unasked(tmp_path, device):
+    run(device, tmp_path / "c", stop_after=3)
+    with pytest.raises(CheckpointError, match="holds checkpoints of a run; resume it, or remove"):
+        run(device, tmp_path / "c")
+
+
+def test_a_place_that_cannot_be_written(tmp_path, device):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="cannot be made"):
+        run(device, tmp_path / "file" / "c")
+
+
+# ------------------------------------------------------------------ kills
+
+LOOP = """
+import sys
+sys.path.insert(0, sys.argv[2])
+import test_checkpoint as t
+from pathlib import Path
+print(flush=True)
+t.run("cpu", Path(sys.argv[1]), resume=True, steps=int(sys.argv[3]), every=1)
+"""
+
+
+@pytest.mark.parametrize("trials", [4, pytest.param(200, marks=pytest.mark.slow)])
+def test_killed_while_training(tmp_path, device, host, trials):
+    """However often it is killed, the run that is resumed in the end is the run never killed."""
+    if device != "cpu":
+        pytest.skip("starts processes of its own")
+    rng, steps = random.Random(trials), 30
+    known = run(device, steps=steps, every=1)
+    environment = {**os.environ, "PYTHONPATH": str(Path(minilora.__file__).parents[1])}
+    here, place = Path(__file__).parent, tmp_path / "c"
+    alive = 0
+    for trial in range(trials):
+        child = subprocess.Popen(
+            [sys.executable, "-c", LOOP, place, here, str(steps)],
+            stdout=subprocess.PIPE, env=environment,
+        )  # fmt: skip
+        with child:
+            child.stdout.readline()
+            time.sleep(rng.uniform(0.0, 0.4))
+            alive += child.poll() is None
+            child.send_signal(signal.SIGKILL)
+        if trial % 10 == 9:  # begin anew, so that kills fall on every step
+            same(run(device, place, resume=True, steps=steps, every=1), known, host)
+            Checkpoints(place).clear()
+    assert alive
+    same(run(device, place, resume=True, steps=steps, every=1), known, host)
+    assert all(name.startswith("step-") for name in os.listdir(place))
