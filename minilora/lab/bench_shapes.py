@@ -31,8 +31,9 @@ class Shape:
     width: int
     layers: int
     heads: int
-    key_heads: int | None = None  # a number makes it Llama-shaped, untied; None: GPT-2, tied
+    key_heads: int | None = None  # a number makes it Llama-shaped; None: GPT-2, tied
     hidden: int | None = None
+    tied: bool = False  # of a Llama: is the head the embedding table?
 
     @property
     def model(self) -> TransformerConfig:
@@ -46,7 +47,7 @@ class Shape:
         }
         if self.key_heads is None:
             return TransformerConfig.gpt2(**size)
-        return TransformerConfig(**size, key_heads=self.key_heads, tied=False)
+        return TransformerConfig(**size, key_heads=self.key_heads, tied=self.tied)
 
     @property
     def about(self) -> str:
@@ -56,7 +57,14 @@ class Shape:
         )
         if self.key_heads is None:
             return text
-        return f"{text}, Llama-shaped: {self.key_heads} key heads, hidden {self.hidden}, untied"
+        tied = "tied" if self.tied else "untied"
+        return f"{text}, Llama-shaped: {self.key_heads} key heads, hidden {self.hidden}, {tied}"
+
+
+SMOLLM2 = {
+    "vocab": 49152, "width": 576, "layers": 30, "heads": 9, "key_heads": 3, "hidden": 1536,
+    "tied": True,
+}  # fmt: skip
 
 
 SHAPES = {
@@ -67,6 +75,8 @@ SHAPES = {
     "S3": Shape(
         batch=16, time=128, vocab=2048, width=256, layers=4, heads=8, key_heads=4, hidden=688
     ),
+    "smollm2": Shape(batch=4, time=128, **SMOLLM2),  # SmolLM2-135M, drawn weights
+    "smollm2x1": Shape(batch=1, time=128, **SMOLLM2),  # one sequence: for decoding
 }
 
 
