@@ -1,0 +1,77 @@
+"""Exercises of chapter 02: a softmax that cannot see ahead, the size of a block, and a norm."""
+
+import numpy as np
+
+from ..exercise import Exercise
+
+
+def scores(rng: np.random.Generator) -> tuple:
+    """scores (T, T), some of them large"""
+    n = int(rng.integers(2, 7))
+    return (rng.standard_normal((n, n)) * float(rng.choice([1, 300])),)
+
+
+def widths(rng: np.random.Generator) -> tuple[int, int]:
+    """width, hidden"""
+    return int(rng.integers(8, 4096)), int(rng.integers(8, 12000))
+
+
+def rows(rng: np.random.Generator) -> tuple:
+    """x (n, C), weight (C,)"""
+    return rng.standard_normal((3, 8)) * 10, rng.standard_normal(8)
+
+
+def causal(scores):
+    shown = np.where(np.tril(np.ones_like(scores)) > 0, scores, -np.inf)
+    e = np.exp(shown - shown.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+def masked_too_late(scores):
+    e = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return np.tril(e / e.sum(axis=1, keepdims=True))
+
+
+EXERCISES = (
+    Exercise(
+        name="02.1",
+        statement=(
+            "Write `shares(scores)`: the causal softmax of a square table.  Row t gives shares to "
+            "places 0..t that sum to one, and nothing to later places.  Some scores are in the "
+            "hundreds, where `np.exp` overflows."
+        ),
+        hint="Set the later places to -inf first, then subtract each row's maximum.",
+        draw=scores,
+        solution=causal,
+        wrong=masked_too_late,
+        tolerance=1e-9,
+        labels=("scores",),
+    ),
+    Exercise(
+        name="02.2",
+        statement=(
+            "Write `parameters_of_a_block(width, hidden)`: the weights of one Llama block, whose "
+            "key heads are as many as its heads: query, key, value, output, gate, up, down, and "
+            "the two norms."
+        ),
+        hint="Four square matrices, three of (hidden, width), and two vectors.",
+        draw=widths,
+        solution=lambda width, hidden: 4 * width**2 + 3 * width * hidden + 2 * width,
+        wrong=lambda width, hidden: 4 * width**2 + 2 * width * hidden + 2 * width,
+        tolerance=0,
+        labels=("width", "hidden"),
+    ),
+    Exercise(
+        name="02.3",
+        statement=(
+            "Write `rms_norm(x, weight)`: each row of x divided by the root of the mean of its "
+            "squares, times the weight.  (Leave out the small epsilon.)"
+        ),
+        hint="np.sqrt(np.mean(x**2, axis=-1, keepdims=True)); no mean is subtracted.",
+        draw=rows,
+        solution=lambda x, weight: x / np.sqrt(np.mean(x**2, -1, keepdims=True)) * weight,
+        wrong=lambda x, weight: x / np.std(x, -1, keepdims=True) * weight,
+        tolerance=1e-9,
+        labels=("x", "weight"),
+    ),
+)
