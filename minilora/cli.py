@@ -23,6 +23,7 @@ minilora {version}: LoRA and QLoRA from scratch in NumPy.
   minilora compare --task T   another task: {tasks}
   minilora forgetting         what is learned against what is forgotten, as paths
   minilora swap               four adapters on one frozen base
+  minilora targets            which matrices to adapt, at an equal budget
   minilora memory             what a published model needs, and on which card it fits
   minilora quantize           the levels of a code, its error by block, what equal bits buy
   minilora paging             Adam's moments on pages, and a spike that they make room for
@@ -74,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     for name, text in (
         ("forgetting", "what is learned against what is forgotten, as paths"),
         ("swap", "four adapters on one frozen base, each asked for every task"),
+        ("targets", "which matrices to adapt, at the same number of trained numbers"),
         ("paging", "a long sequence among short ones, with paged and unpaged Adam"),
     ):
         e = commands.add_parser(name, help=text)
@@ -213,7 +215,7 @@ def run_gpu_check(args: argparse.Namespace) -> int:
 
 def run_experiment(args: argparse.Namespace) -> int:
     """An experiment without further options: run, print, write the record, draw."""
-    from .lab import forgetting, paging, swap, task_figures
+    from .lab import forgetting, paging, swap, targets, task_figures
 
     run, config, report, draw = {
         "forgetting": (
@@ -221,6 +223,9 @@ def run_experiment(args: argparse.Namespace) -> int:
             forgetting.forgetting_report, task_figures.forgetting_figure,
         ),
         "swap": (swap.swap, swap.SwapConfig, swap.swap_report, task_figures.swap_figure),
+        "targets": (
+            targets.targets, targets.TargetsConfig, targets.targets_report, targets.targets_figure,
+        ),
         "paging": (
             paging.paging, paging.PagingConfig, paging.paging_report, paging.paging_figure,
         ),

@@ -39,8 +39,8 @@ EXERCISES = (
     Exercise(
         name="04.1",
         statement=(
-            "Write `input_gradient(g, W0, A, B, alpha)`: the gradient of the input of a LoRA layer, "
-            "with the scale alpha / r."
+            "Write `input_gradient(g, W0, A, B, alpha)`: the gradient of the input of a LoRA "
+            "layer, with the scale alpha / r."
         ),
         hint="Two ways lead from y to x: through W0, and through B and then A.",
         draw=layer,
