@@ -123,7 +123,8 @@ def test_files_that_it_names_exist(path):
     text = "\n".join(source(c) for c in NOTEBOOKS[path]["cells"])
     for name in re.findall(r"(?:minilora|tests|figures)/[\w/.-]+\.(?:py|json|png)", text):
         assert (ROOT / name).exists(), name
-    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+    prose = "\n".join(source(c) for c in cells(path, "markdown"))
+    for link in re.findall(r"\]\(([^)#:]+)\)", prose):
         assert (path.parent / link).exists(), link
 
 
