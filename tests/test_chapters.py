@@ -86,7 +86,8 @@ def imported(path):
     """Names that a chapter takes from minilora."""
     found = set()
     for cell in cells(path, "code"):
-        for node in ast.walk(ast.parse(source(cell).replace("%", "#"))):
+        plain = re.sub(r"^%.*", "", source(cell), flags=re.M)  # what only a notebook understands
+        for node in ast.walk(ast.parse(plain)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("minilora"):
                 found |= {alias.name for alias in node.names}
     return found
