@@ -1,0 +1,84 @@
+"""Exercises of chapter 11: a batch of many, an exact sum, and the terms that nobody asked for."""
+
+import numpy as np
+
+from ..exercise import Exercise
+
+
+def a_batch(rng: np.random.Generator) -> tuple:
+    """x (5, 6), W0 (4, 6), As (3, 2, 6), Bs (3, 4, 2), who (5,): 0..2, or -1 for none"""
+    shapes = (5, 6), (4, 6), (3, 2, 6), (3, 4, 2)
+    return (*(rng.standard_normal(s) for s in shapes), rng.integers(-1, 3, 5))
+
+
+def each_its_own(x, W0, As, Bs, who):
+    y = x @ W0.T
+    for n, i in enumerate(who):
+        if i >= 0:
+            y[n] += Bs[i] @ (As[i] @ x[n])
+    return y
+
+
+def last_for_none(x, W0, As, Bs, who):
+    return np.stack([W0 @ row + Bs[i] @ (As[i] @ row) for row, i in zip(x, who, strict=True)])
+
+
+def two(rng: np.random.Generator) -> tuple:
+    """A1, B1, s1, A2, B2, s2; the ranks may differ"""
+    r, q = (int(n) for n in rng.integers(1, 4, 2))
+    A1, B1 = rng.standard_normal((r, 6)), rng.standard_normal((4, r))
+    return A1, B1, 2.0, rng.standard_normal((q, 6)), rng.standard_normal((4, q)), 0.5
+
+
+def side_by_side(A1, B1, s1, A2, B2, s2):
+    return np.concatenate([s1 * B1, s2 * B2], axis=1) @ np.concatenate([A1, A2])
+
+
+def equal_ranks(rng: np.random.Generator) -> tuple:
+    """A1, B1, A2, B2"""
+    return tuple(rng.standard_normal(s) for s in ((2, 6), (4, 2), (2, 6), (4, 2)))
+
+
+EXERCISES = (
+    Exercise(
+        name="11.1",
+        statement=(
+            "Write `mixed(x, W0, As, Bs, who)`: row n of the result is x[n] through W0 and through "
+            "the adapter who[n] (scale 1), or through W0 alone where who[n] is -1."
+        ),
+        hint="Python takes As[-1] for the last one: look at who[n] before you use it.",
+        draw=a_batch,
+        solution=each_its_own,
+        wrong=last_for_none,
+        tolerance=1e-9,
+        labels=("x", "W0", "As", "Bs", "who"),
+    ),
+    Exercise(
+        name="11.2",
+        statement=(
+            "Write `summed(A1, B1, s1, A2, B2, s2)`: the matrix s1 B1 A1 + s2 B2 A2, as one "
+            "product of two factors side by side."
+        ),
+        hint="np.concatenate along the columns of B and the rows of A; the scales go into B.",
+        draw=two,
+        solution=side_by_side,
+        wrong=lambda A1, B1, s1, A2, B2, s2: (
+            np.concatenate([B1, B2], axis=1) @ np.concatenate([A1, A2])
+        ),
+        tolerance=1e-9,
+        labels=("A1", "B1", "s1", "A2", "B2", "s2"),
+    ),
+    Exercise(
+        name="11.3",
+        statement=(
+            "Write `cross_terms(A1, B1, A2, B2)`: what (B1 + B2)(A1 + A2) contains beyond "
+            "B1 A1 + B2 A2."
+        ),
+        hint="Multiply the brackets out.",
+        draw=equal_ranks,
+        solution=lambda A1, B1, A2, B2: B1 @ A2 + B2 @ A1,
+        wrong=lambda A1, B1, A2, B2: B1 @ A2,
+        tolerance=1e-9,
+        labels=("A1", "B1", "A2", "B2"),
+    ),
+)
