@@ -124,6 +124,7 @@ def bench_figure(record: dict[str, Any], path: str | Path) -> Path:
         ax.text(max(ratio, *(ends or [0])), y, f" {ratio:.2f}", va="center", fontsize=8)
     labels = [f"{title}: {name}" for title, name, *_ in reversed(bars)]
     ax.set_yticks(range(len(bars)), labels, fontsize=8)
+    ax.set_ylim(-0.7, len(bars) - 0.3)
     ax.axvline(1, color="0.3", linewidth=1)
     what = "peak memory" if key == "bytes_ratio" else "time"
     ax.set_xlabel(f"our {what} over theirs (below 1: in our favor)")
