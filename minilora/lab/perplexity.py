@@ -102,12 +102,12 @@ def perplexity_figure(record: dict[str, Any], path: str | os.PathLike) -> Path:
         color = BLACK if plain else RED if double else BLUE
         x = row["bytes"] / 2**20
         ax.plot(x, row["perplexity"], "s" if plain else "D" if double else "o", color=color)
-        left = x > np.mean([r["bytes"] / 2**20 for r in record["rows"]])
+        left = double or x > np.mean([r["bytes"] / 2**20 for r in record["rows"]])
         ax.annotate(row["code"], (x, row["perplexity"]), textcoords="offset points",
                     xytext=(-8 if left else 8, 0), ha="right" if left else "left", va="center",
                     fontsize=9)  # fmt: skip
     ax.set_xlabel("weights held, MiB")
     ax.set_ylabel(f"perplexity on {record['data']['name']}")
     ax.set_title("codes on the linears; the base was itself 4-bit once", loc="left", fontsize=10)
-    ax.margins(0.12, 0.12)
+    ax.margins(0.2, 0.12)
     return save(figure, path)
