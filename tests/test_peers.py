@@ -14,6 +14,7 @@ from minilora.engine import attention as attention_file
 from minilora.engine import fused, loss
 from minilora.engine.check import gradients
 from minilora.engine.rules import reference_rules
+from minilora.files.names import hf_name, is_transposed
 from minilora.lora.lora import LoRALinear
 from minilora.model.module import module, parameters, walk
 from minilora.model.transformer import TransformerConfig, init_transformer
@@ -45,49 +46,6 @@ def peft(transformers):
 
 
 # ------------------------------------------------------------------ the same model twice
-
-GPT2_NAMES = {  # ours in a block: theirs.  Their Conv1D stores (d_in, d_out).
-    "attention_norm": "ln_1",
-    "attention.qkv": "attn.c_attn",
-    "attention.output": "attn.c_proj",
-    "mlp_norm": "ln_2",
-    "mlp.up": "mlp.c_fc",
-    "mlp.down": "mlp.c_proj",
-}
-GPT2_TOP = {
-    "embedding": "transformer.wte",
-    "positions": "transformer.wpe",
-    "norm": "transformer.ln_f",
-}
-LLAMA_NAMES = {
-    "attention_norm": "input_layernorm",
-    "attention.query": "self_attn.q_proj",
-    "attention.key": "self_attn.k_proj",
-    "attention.value": "self_attn.v_proj",
-    "attention.output": "self_attn.o_proj",
-    "mlp_norm": "post_attention_layernorm",
-    "mlp.gate": "mlp.gate_proj",
-    "mlp.up": "mlp.up_proj",
-    "mlp.down": "mlp.down_proj",
-}
-LLAMA_TOP = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-
-
-def their_name(path, config):
-    """Where the Hugging Face model keeps what stands at `path` here (a module or its array)."""
-    gpt2 = config.packed
-    parts = path.split(".")
-    if parts[0] == "blocks":
-        tail = ".".join(parts[2:])
-        names = GPT2_NAMES if gpt2 else LLAMA_NAMES
-        ours = next(name for name in names if tail == name or tail.startswith(name + "."))
-        prefix = "transformer.h" if gpt2 else "model.layers"
-        return f"{prefix}.{parts[1]}.{names[ours]}{tail.removeprefix(ours)}"
-    return ".".join([(GPT2_TOP if gpt2 else LLAMA_TOP)[parts[0]], *parts[1:]])
-
-
-def transposed(path, config):
-    return config.packed and path.startswith("blocks") and not path.split(".")[2].endswith("norm")
 
 
 def hugging_face(config, transformers):
@@ -133,9 +91,9 @@ def pair(config, torch, transformers, seed=0):
     theirs = hugging_face(config, transformers)
     state = dict(theirs.named_parameters())
     for path, p in parameters(ours).items():
-        array = p.data.T if transposed(path, config) and p.ndim == 2 else p.data
+        array = p.data.T if is_transposed(path, config) and p.ndim == 2 else p.data
         with torch.no_grad():
-            state[their_name(path, config)].copy_(torch.tensor(array.copy()))
+            state[hf_name(path, config)].copy_(torch.tensor(array.copy()))
     return ours, theirs
 
 
@@ -182,8 +140,8 @@ def test_logits_and_all_gradients_are_those_of_transformers(config, rules, torch
     assert np.abs(logits - their_logits).max() <= 1e-5
     assert len(found) == len(expected)
     for path, g in found.items():
-        g = g.T if transposed(path, config) and g.ndim == 2 else g
-        assert_close(g, expected[their_name(path, config)], 1e-4, path)
+        g = g.T if is_transposed(path, config) and g.ndim == 2 else g
+        assert_close(g, expected[hf_name(path, config)], 1e-4, path)
 
 
 # --------------------------------------------------------------------------------- LoRA
@@ -229,7 +187,7 @@ def test_adapters_are_those_of_peft(case, rank_stabilized, torch, transformers, 
     for path, node in walk(adapted):
         if isinstance(node, LoRALinear):
             for letter in "AB":
-                name = f"base_model.model.{their_name(path, config)}.lora_{letter}.default.weight"
+                name = f"base_model.model.{hf_name(path, config)}.lora_{letter}.default.weight"
                 names[f"{path}.{letter}"] = name
                 with torch.no_grad():
                     state[name].copy_(torch.tensor(getattr(node, letter).data))

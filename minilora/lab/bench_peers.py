@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files.names import hf_name, is_transposed
 from ..model.module import tensors
 from ..model.transformer import TransformerConfig
 
@@ -128,53 +129,6 @@ class Plain(nn.Module):
 
 # ----------------------------------------------------------------- Hugging Face's models
 
-GPT2_TOP = {
-    "embedding": "transformer.wte",
-    "positions": "transformer.wpe",
-    "norm": "transformer.ln_f",
-    "head": "lm_head",
-}
-GPT2_NAMES = {  # ours in a block: theirs.  Their Conv1D stores (d_in, d_out).
-    "attention_norm": "ln_1",
-    "attention.qkv": "attn.c_attn",
-    "attention.output": "attn.c_proj",
-    "mlp_norm": "ln_2",
-    "mlp.up": "mlp.c_fc",
-    "mlp.down": "mlp.c_proj",
-}
-LLAMA_TOP = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-LLAMA_NAMES = {
-    "attention_norm": "input_layernorm",
-    "attention.query": "self_attn.q_proj",
-    "attention.key": "self_attn.k_proj",
-    "attention.value": "self_attn.v_proj",
-    "attention.output": "self_attn.o_proj",
-    "mlp_norm": "post_attention_layernorm",
-    "mlp.gate": "mlp.gate_proj",
-    "mlp.up": "mlp.up_proj",
-    "mlp.down": "mlp.down_proj",
-}
-
-
-def hugging_face_name(path: str, config: TransformerConfig) -> str:
-    """Where transformers keeps the module or array that stands at `path` here."""
-    top, names, prefix = (
-        (GPT2_TOP, GPT2_NAMES, "transformer.h")
-        if config.packed
-        else (LLAMA_TOP, LLAMA_NAMES, "model.layers")
-    )
-    parts = path.split(".")
-    if parts[0] != "blocks":
-        return ".".join([top[parts[0]], *parts[1:]])
-    tail = ".".join(parts[2:])
-    ours = next(name for name in names if tail == name or tail.startswith(f"{name}."))
-    return f"{prefix}.{parts[1]}.{names[ours]}{tail.removeprefix(ours)}"
-
-
-def is_transposed(path: str, config: TransformerConfig) -> bool:
-    """Is the matrix at `path` stored as (d_in, d_out) there?"""
-    return config.packed and path.startswith("blocks.") and path.endswith(".weight")
-
 
 def hugging_face(config: TransformerConfig) -> nn.Module:
     """The transformers model of this shape, in evaluation mode (no dropout)."""
@@ -232,7 +186,7 @@ def parameter_name(path: str, config: TransformerConfig, build: str, adapted: bo
     parts = path.split(".")
     inside = parts[-1] in "AB"
     module = ".".join(parts[:-1] if inside else (p for p in parts if p != "base"))
-    found = module if build == "plain" else hugging_face_name(module, config)
+    found = module if build == "plain" else hf_name(module, config)
     turned = build == "hf" and not inside and is_transposed(module, config)
     if not adapted:
         return found, turned
@@ -320,7 +274,7 @@ def build(
         fill_adapters(model, tree, config)
         return model
     if adapters:
-        names = [hugging_face_name(p, config) if kind == "hf" else p for p in adapters]
+        names = [hf_name(p, config) if kind == "hf" else p for p in adapters]
         conv1d = kind == "hf" and config.packed
         model = lora(model, names, rank, alpha, conv1d=conv1d, **options)
     fill(model, tree, lambda path: parameter_name(path, config, kind, bool(adapters)))
