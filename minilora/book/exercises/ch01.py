@@ -49,8 +49,8 @@ EXERCISES = (
     Exercise(
         name="01.3",
         statement=(
-            "Write `kept_bytes(a, b, g)`: how many bytes the graph of y = a b (matrices) keeps "
-            "for the way back if b is frozen and a wants a gradient."
+            "Write `kept_bytes(a, b, g)`: how many bytes of arrays the pullbacks of y = a b "
+            "(matrices) close over, b itself included, if b is frozen and a wants a gradient."
         ),
         hint="da = g bᵀ.  Which of a and b does that need?  A float64 has 8 bytes.",
         draw=matrices,

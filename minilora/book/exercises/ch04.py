@@ -67,7 +67,7 @@ EXERCISES = (
         name="04.3",
         statement=(
             "Write `step_multiplications(n, d_out, d_in, r)`: the multiplications in the matrix "
-            "products of one LoRA layer, out and back, for n rows: the base and both factors, with "
+            "products of one LoRA layer, out and back (dx too), for n rows: base and factors, with "
             "g B and x Aᵀ each computed once."
         ),
         hint="Out: W0, A, B.  Back: g B and g W0 and (g B) A for dx; one product each for dA, dB.",

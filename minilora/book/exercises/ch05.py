@@ -31,7 +31,7 @@ EXERCISES = (
         name="05.1",
         statement=(
             "Write `missed(singular, r)`: the share of the squared error that the best update of "
-            "rank r leaves, if the update that is needed has these singular values."
+            "rank r leaves, if the update that is needed has these singular values, largest first."
         ),
         hint="The energy of a direction is its singular value squared.",
         draw=a_spectrum,

@@ -51,9 +51,9 @@ EXERCISES = (
     Exercise(
         name="07.3",
         statement=(
-            "Write `spoiled(weights, block, doubled)`: how many of the weights of a tensor come "
-            "back as NaN if one of them was NaN, nobody checked, and the scales are plain or "
-            "doubled with the mean removed."
+            "Write `spoiled(weights, block, doubled)`: how many weights of a tensor of `weights` "
+            "weights (a number) come back as NaN, if one of them was NaN and nobody checked; "
+            "`doubled` says whether the scales are doubled, with the mean removed, or plain."
         ),
         hint="Which scales contain the mean?",
         draw=a_tensor,

@@ -27,8 +27,8 @@ EXERCISES = (
     Exercise(
         name="09.1",
         statement=(
-            "Write `saved_bytes(rows, d_in, d_out, r)`: what a LoRA layer with both factors "
-            "training saves for the way back, in float32."
+            "Write `saved_bytes(rows, d_in, d_out, r)`: how many bytes a LoRA layer with both "
+            "factors training saves for the way back, in float32."
         ),
         hint="dA wants x, dB wants u = x Aᵀ.  The output is not named by any pullback.",
         draw=a_layer,
@@ -55,7 +55,8 @@ EXERCISES = (
         name="09.3",
         statement=(
             "Write `longest(card, stays, per_token)`: the longest sequence, in whole tokens, that "
-            "a card of `card` bytes can train on; 0 if not even the part that stays fits."
+            "a card of `card` bytes can train on, if `stays` bytes stay and each token needs "
+            "`per_token` bytes more; 0 if not even the part that stays fits."
         ),
         hint="What is left, divided by what a token needs, rounded down.",
         draw=a_card,

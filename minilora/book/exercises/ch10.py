@@ -11,10 +11,10 @@ def a_size(rng: np.random.Generator) -> tuple[int]:
 
 
 def a_sweep(rng: np.random.Generator) -> tuple:
-    """pages in memory, the page in use (one of them), how many pages there are"""
+    """pages in memory, the page that is wanted (not one of them), how many pages there are"""
     pages = int(rng.integers(4, 12))
-    resident = rng.permutation(pages)[: int(rng.integers(2, pages))].tolist()
-    return resident, int(rng.choice(resident)), pages
+    order, k = rng.permutation(pages).tolist(), int(rng.integers(2, pages))
+    return order[:k], order[k], pages
 
 
 def a_step(rng: np.random.Generator) -> tuple[int, int, int, int]:
@@ -50,8 +50,9 @@ EXERCISES = (
     Exercise(
         name="10.2",
         statement=(
-            "Write `victim(resident, now, pages)`: which of the pages in memory to evict, if page "
-            "`now` is in use and they are used in the order 0, 1, ..., pages - 1, over and over."
+            "Write `victim(resident, now, pages)`: page `now` is wanted and is not in memory.  "
+            "Which of the pages in `resident` should make room, if pages are used in the order "
+            "0, 1, ..., pages - 1, over and over?"
         ),
         hint="(page - now - 1) % pages says how many uses lie before the next use of a page.",
         draw=a_sweep,
@@ -63,8 +64,9 @@ EXERCISES = (
     Exercise(
         name="10.3",
         statement=(
-            "Write `slots_left(budget, fixed, activations, page_bytes)`: how many pages may stay "
-            "in memory during a step."
+            "Write `slots_left(budget, fixed, activations, page_bytes)`: how many whole pages may "
+            "stay in memory during a step that must hold `fixed` bytes of weights and gradients "
+            "and `activations` bytes, all in `budget` bytes."
         ),
         hint="Whole pages of what the other two leave.",
         draw=a_step,
