@@ -32,7 +32,7 @@ minilora {version}: LoRA and QLoRA from scratch in NumPy.
   minilora perplexity         how well it predicts a text, code by code
   minilora inspect DIR        what an adapter is; merge and convert: for other programs
   minilora bench              time and memory of a step against torch and PEFT
-  minilora book               run the chapters again and write them back
+  minilora book               run the chapters again and write them back; --site DIR: as a site
   minilora gpu-check          with CuPy and a card: is every op right there, and how fast?
   minilora compare --data F   fine-tune the shipped text model on a text file of yours
   minilora pretrain dates     make a shipped base again
@@ -129,6 +129,7 @@ def parser() -> argparse.ArgumentParser:
     k.add_argument("--from", dest="draft", type=Path, help="make the one notebook from a draft")
     k.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     k.add_argument("--fast", action="store_true", help="every cell, with shorter runs")
+    k.add_argument("--site", type=Path, help="build the book into this folder; runs no chapter")
     k.set_defaults(run=run_book)
 
     g = commands.add_parser("gpu-check", help="every op on a GPU against float64 NumPy")
@@ -190,6 +191,13 @@ def run_book(args: argparse.Namespace) -> int:
     from .book.write import write_chapters
 
     chapters = args.chapters or sorted(Path("chapters").glob("*.ipynb"))
+    if args.site:
+        from .book.site import build_site
+
+        if args.draft:
+            raise MiniloraError("book: expected --from or --site, found both")
+        print(f"wrote {build_site(args.site, chapters) / 'index.html'}")
+        return 0
     if not chapters or (args.draft and len(chapters) != 1):
         wanted = "one notebook to make" if args.draft else "notebooks, or a folder chapters/"
         raise MiniloraError(f"book: expected {wanted}, found {len(chapters)}")
