@@ -54,9 +54,9 @@ EXERCISES = (
         ),
         hint="Reshape to (heads, D/2, 2, d_in), swap the middle two axes, and reshape back.",
         draw=rows_of_heads,
-        solution=lambda w, heads: w.reshape(heads, -1, 2, w.shape[1])
-        .swapaxes(1, 2)
-        .reshape(w.shape),
+        solution=lambda w, heads: (
+            w.reshape(heads, -1, 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+        ),
         wrong=lambda w, heads: w.reshape(heads, 2, -1, w.shape[1]).swapaxes(1, 2).reshape(w.shape),
         tolerance=0,
         labels=("w", "heads"),
