@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -483,13 +482,20 @@ def test_readers_beside_a_writer(tmp_path):
 
     def read_directory():
         while not done.is_set():
-            before = os.stat(directory).st_ino
-            with suppress(FileNotFoundError):
-                a, b = (directory / "a").read_bytes(), (directory / "b").read_bytes()
-                if os.stat(directory).st_ino == before:
-                    reads[1] += 1
-                    if a != b:
-                        torn.append("directory")
+            here = os.open(directory, os.O_RDONLY)
+            try:
+                a, b = (read_at(here, name) for name in "ab")
+                reads[1] += 1
+                if a != b:
+                    torn.append("directory")
+            except FileNotFoundError:
+                pass  # already replaced and being removed
+            finally:
+                os.close(here)
+
+    def read_at(directory, name):
+        with open(os.open(name, os.O_RDONLY, dir_fd=directory), "rb") as file:
+            return file.read()
 
     save(0)
     readers = [threading.Thread(target=f) for f in (read_file, read_file, read_directory)]

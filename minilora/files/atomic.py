@@ -95,8 +95,9 @@ def replace_directory(path: str | os.PathLike, files: Mapping[str, Content]) -> 
     At every moment `path` is one of: absent (if it was), the old directory, the new one.
     - No kill and no power cut leaves a mixture.
     - A reader that opens two files one after the other may meet one of each when a swap
-      falls between; it can tell by `os.stat(path).st_ino`, or by a digest of one file kept
-      in the other.  What it has opened or mapped stays valid.
+      falls between.  It can tell by a digest of one file kept in the other, or open the
+      directory first and the files relative to it (`dir_fd`): those are of one save.  An inode
+      number tells nothing: the next save may get it again.  What is opened or mapped stays valid.
     - Of two writers the last one wins, whole.
     - Without renameat2 (not Linux, some network file systems) two renames take the place of
       the swap: a kill between them leaves `path` absent and the old directory beside it as
