@@ -106,6 +106,37 @@ def test_it_is_its_specification(name, n, T, d, seed):
             assert gap <= tolerance * (50 if name == "layer_norm" and d < 3 else 1)
 
 
+@given(
+    st.integers(1, 4), st.integers(1, 40), st.sampled_from([(4, 4), (4, 2), (3, 1)]),
+    st.sampled_from([1, 6, 16]), st.sampled_from(["newest", "ragged", "prompt"]),
+    st.integers(0, 99),
+)  # fmt: skip
+def test_attention_and_turns_over_a_cache(N, S, heads, D, kind, seed):
+    """One query a row at its own position, or a prompt that fills the cache."""
+    rng = np.random.default_rng(seed)
+    (H, K), T = heads, S if kind == "prompt" else 1
+    held = rng.standard_normal((2, N, S + 3, K, D))[:, :, :S]  # views, as a cache gives them
+    q, (k, v) = rng.standard_normal((N, T, H, D)), held
+    positions = {
+        "newest": np.full((N, 1), S - 1),
+        "ragged": rng.integers(0, S, (N, 1)),
+        "prompt": np.broadcast_to(np.arange(S), (N, S)),
+    }[kind]
+    turn = {"theta": 1000.0, "positions": positions}
+    pair = np.concatenate([q, q], axis=-1)
+    with reference_rules():
+        wanted = attention.attention(q, k, v, positions=positions).data
+        turned = attention.rope(pair, **turn).data
+    for dtype, tolerance in ((np.float64, 1e-12), (np.float32, 2e-5)):
+        narrow = [a.astype(dtype) for a in (q, k, v)]
+        found = attention.attention(*narrow, positions=positions).data
+        assert found.dtype == dtype
+        np.testing.assert_allclose(found, wanted, rtol=tolerance, atol=tolerance)
+        found = attention.rope(pair.astype(dtype), **turn).data
+        np.testing.assert_allclose(found, turned, rtol=tolerance, atol=tolerance)
+    assert np.isnan(attention.attention(q, k, v * np.nan, positions=positions).data).all()
+
+
 @pytest.mark.parametrize("name", FAST_OPS)
 def test_only_what_is_wanted_is_computed_and_the_same(name):
     rng = np.random.default_rng(1)

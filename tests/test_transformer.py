@@ -22,7 +22,7 @@ from minilora.engine.check import retained
 from minilora.engine.errors import NumericsError
 from minilora.engine.loss import IGNORE, cross_entropy
 from minilora.model.cache import KVCache
-from minilora.model.generate import draw
+from minilora.model.generate import draw, for_decoding
 from minilora.model.module import cast, tensors
 
 SHAPE = {"vocab": 19, "width": 24, "layers": 2, "heads": 4, "context": 48}
@@ -153,6 +153,24 @@ def test_greedy_tokens_are_those_of_the_whole_forward(style, device, dev, host):
             undecided += 1
         ids.append(token)
     assert undecided < 5
+
+
+@every_style
+def test_a_layout_for_decoding_holds_the_same_numbers(style, device, dev, host):
+    model = built(style, device)
+    laid_out = for_decoding(model)
+    assert not parameters(laid_out)
+    assert laid_out.embedding.weight.data is model.embedding.weight.data
+    for path, held in tensors(model).items():
+        np.testing.assert_array_equal(host(tensors(laid_out)[path].data), host(held.data))
+    if device == "cpu":
+        weight = laid_out.blocks[0].mlp.up.weight.data
+        assert weight.flags.f_contiguous
+        assert not np.shares_memory(weight, model.blocks[0].mlp.up.weight.data)
+    ids = dev(some_ids())
+    np.testing.assert_allclose(host(laid_out(ids).data), host(model(ids).data), rtol=0, atol=2e-5)
+    prompts = [row.tolist() for row in some_ids((3, 5))]
+    assert generate(laid_out, prompts, 12) == generate(model, prompts, 12)
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.8}, {"temperature": 1.5, "top_k": 5}])

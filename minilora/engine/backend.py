@@ -1,6 +1,7 @@
 """The array knows where it lives: no flag, no global, and CuPy only on request."""
 
 import sys
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -9,16 +10,23 @@ import numpy as np
 from .errors import MiniloraError
 
 DEVICES = ("cpu", "cuda")
+LIBRARIES = ("numpy", "cupy")
 
 
 def xp_of(array: Any) -> ModuleType:
     """The library that owns `array`: `numpy` or `cupy`.  No import, no probe."""
-    return sys.modules[type(array).__module__.partition(".")[0]]
+    return sys.modules[package_of(type(array))]
+
+
+@cache
+def package_of(kind: type) -> str:
+    """The package that a class comes from: asked several times in every op, hence remembered."""
+    return kind.__module__.partition(".")[0]
 
 
 def is_array(value: Any) -> bool:
     """True for an array of a supported library; False for numbers, lists, None."""
-    return type(value).__module__.partition(".")[0] in ("numpy", "cupy") and hasattr(value, "dtype")
+    return package_of(type(value)) in LIBRARIES and hasattr(value, "dtype")
 
 
 def to_device(array: Any, device: str) -> Any:

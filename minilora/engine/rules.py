@@ -57,12 +57,14 @@ class Rule:
         `wants` says which arguments want a gradient, to a rule that declares it.
         """
         fast = self.fast.get(xp.__name__)
-        rules = (self.specification,) if fast is None or _only_reference.get() else (
-            fast, self.specification
-        )  # fmt: skip
+        rules = (self.specification,)
+        if fast is not None and not _only_reference.get():
+            rules = (fast, self.specification)
         for rule in rules:
-            told = {"wants": wants} if rule in self.told_wants else {}
-            value = rule(xp, *arguments, **options, **told)
+            if rule in self.told_wants:
+                value = rule(xp, *arguments, **options, wants=wants)
+            else:
+                value = rule(xp, *arguments, **options)
             if value is not NotImplemented:
                 return value
         raise MiniloraError(f"{self.__name__}: no rule takes these arguments")

@@ -172,34 +172,34 @@ class Op(Rule):
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         arrays, parents = [], []
         for value in arguments:
+            parent = None
             if isinstance(value, Tensor):
-                target = value.target
-                parents.append(None if target is None else (target, value.slot))
+                if (target := value.target) is not None:
+                    parent = (target, value.slot)
                 value = value.data
-            else:
-                parents.append(None)
-                if isinstance(value, np.generic):
-                    value = value.item()  # so that float32 stays float32
-                elif is_array(value):
-                    expect_float(self.__name__, value)
-                elif not (value is None or isinstance(value, (int, float, complex))):
-                    raise MiniloraError(
-                        f"{self.__name__}: expected Tensors, arrays, numbers or None, "
-                        f"found {type(value).__name__}"
-                    )
+            elif isinstance(value, np.generic):
+                value = value.item()  # so that float32 stays float32
+            elif is_array(value):
+                expect_float(self.__name__, value)
+            elif not (value is None or isinstance(value, (int, float, complex))):
+                raise MiniloraError(
+                    f"{self.__name__}: expected Tensors, arrays, numbers or None, "
+                    f"found {type(value).__name__}"
+                )
             arrays.append(value)
+            parents.append(parent)
         for name, value in options.items():
             if isinstance(value, Tensor):
                 raise MiniloraError(f"{self.__name__}: {name} takes no Tensor; pass .data")
         xp = common_library(self.__name__, arrays, options)
-        wants = tuple(parent is not None for parent in parents)
+        wants = tuple([parent is not None for parent in parents])
         value, pullbacks = self.run(xp, arrays, options, wants)
 
-        if pullbacks is None:  # a rule that was told that nothing wants a gradient
+        if True not in wants or pullbacks is None:  # None: from a rule that was told so
             edges = ()
         elif isinstance(pullbacks, together):
             kept = tuple(parent for parent in parents if parent is not None)
-            edges = ((kept, shared(pullbacks.pullback, wants)),) if kept else ()
+            edges = ((kept, shared(pullbacks.pullback, wants)),)
         else:
             edges = tuple(
                 ((parent,), pullback)

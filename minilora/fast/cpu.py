@@ -11,7 +11,6 @@ from functools import lru_cache
 
 import numpy as np
 
-from ..engine.attention import attention, by_head, rope, rope_rates
 from ..engine.errors import NumericsError
 from ..engine.fused import (
     GELU_CUBE,
@@ -25,9 +24,9 @@ from ..engine.fused import (
 )
 from ..engine.graph import together
 from ..engine.loss import head_cross_entropy
-from ..engine.tensor import swap
 
 BLOCK = 1 << 16  # entries of a block: 256 KiB of float32, a handful of them fit a level-2 cache
+FEW = 1 << 13  # with fewer entries and nothing to keep, the specification takes fewer calls
 
 
 class Arena(threading.local):
@@ -61,7 +60,7 @@ def real(*arrays: np.ndarray | None) -> bool:
 @gelu.on("numpy")
 def _(xp, x, *, wants):
     """Keeps the derivative, of which the way back is one product."""
-    if not real(x):
+    if not real(x) or (x.size < FEW and not wants[0]):
         return NotImplemented
     y = np.empty(x.shape, x.dtype)
     slope = np.empty(x.shape, x.dtype) if wants[0] else None
@@ -129,17 +128,23 @@ def _(xp, x, A, B, *, base, scale, wants):
 
 
 @layer_norm.on("numpy")
-def _(xp, x, weight, bias, *, eps):
-    if not real(x, weight, bias):
+def _(xp, x, weight, bias, *, eps, wants):
+    if not real(x, weight, bias) or (x.size < FEW and not any(wants)):
         return NotImplemented
     return normalized(x, weight, bias, eps, centered=True)
 
 
 @rms_norm.on("numpy")
-def _(xp, x, weight, *, eps):
-    if not real(x, weight):
+def _(xp, x, weight, *, eps, wants):
+    if not real(x, weight) or (x.size < FEW and not any(wants)):
         return NotImplemented
     return normalized(x, weight, None, eps, centered=False)
+
+
+@lru_cache(maxsize=16)
+def equal_parts(C, dtype):
+    """(C,) of 1/C: the mean as a product."""
+    return np.full(C, 1 / C, dtype)
 
 
 def normalized(x, weight, bias, eps, centered):
@@ -150,22 +155,23 @@ def normalized(x, weight, bias, eps, centered):
     flat = rows(x)
     n, y = np.empty(flat.shape, x.dtype), np.empty(flat.shape, x.dtype)
     inverse = np.empty((len(flat), 1), x.dtype)
-    average = np.full(C, 1 / C, x.dtype)
+    average = equal_parts(C, x.dtype)
     step = max(1, BLOCK // C)
     for part in blocks(len(flat), step):
+        m = n[part]
         if centered:
-            np.subtract(flat[part], (flat[part] @ average)[:, None], out=n[part])
+            np.subtract(flat[part], (flat[part] @ average)[:, None], out=m)
         else:
-            n[part] = flat[part]
+            m[...] = flat[part]
         with np.errstate(over="ignore"):  # an overflow is seen in the next line but one
-            square = np.vecdot(n[part], n[part])
+            square = np.vecdot(m, m)
         square /= C
-        if not np.isfinite(square).all() or ((square > 0).any() and square.max() < 1e-30):
+        if not (top := square.max()) < np.inf or 0 < top < 1e-30:
             return NotImplemented  # squares out of range: the specification takes more care
-        np.sqrt(square + x.dtype.type(eps), out=square)
-        np.divide(1, square, out=inverse[part, 0])
-        n[part] *= inverse[part]
-        np.multiply(n[part], weight, out=y[part])
+        square += x.dtype.type(eps)
+        np.divide(1, np.sqrt(square, out=square), out=inverse[part, 0])
+        m *= inverse[part]
+        np.multiply(m, weight, out=y[part])
         if bias is not None:
             y[part] += bias
     shape = x.shape
@@ -209,107 +215,6 @@ def _(xp, table, *, ids):
         return dtable
 
     return table[ids], (pullback,)
-
-
-@attention.on("numpy")
-def _(xp, q, k, v, *, positions=None, tile=64, wants):
-    """A few sequences at a time, so that a tile of scores for all heads stays in the cache."""
-    if positions is not None or not real(q, k, v) or q.size == 0:
-        return NotImplemented
-    N, T, H, D = q.shape
-    K = k.shape[2]
-    if k.shape != v.shape or k.shape != (N, T, K, D) or H % K:
-        return NotImplemented  # the specification says what is wrong
-    scale = 1 / math.sqrt(D)
-    dtype = q.dtype
-    out = np.empty((N, T, H, D), dtype)
-    lse = np.empty((N, K, H // K, T, 1), dtype) if any(wants) else None
-    q_, k_, v_, out_ = (by_head(a, K) for a in (q, k, v, out))
-    above = np.triu(np.full((tile, tile), -np.inf, dtype), 1)
-    together_ = max(1, 2 * BLOCK // (H * min(T, tile) * T))
-    tiles = [
-        (slice(n, min(n + together_, N)), slice(t, min(t + tile, T)), slice(0, min(t + tile, T)))
-        for n in range(0, N, together_)
-        for t in range(0, T, tile)
-    ]
-
-    def scores(n, mine, seen):
-        """q kᵀ / √D of one tile, -inf above the diagonal, and q / √D."""
-        queries = q_[n, ..., mine, :]
-        scaled = np.multiply(queries, scale, out=arena.take("queries", queries.shape, dtype))
-        s = arena.take("scores", (*queries.shape[:-1], seen.stop), dtype)
-        np.matmul(scaled, swap(k_[n, ..., seen, :]), out=s)
-        s[..., mine] += above[: queries.shape[-2], : queries.shape[-2]]
-        return s, scaled
-
-    for n, mine, seen in tiles:
-        s, _ = scores(n, mine, seen)
-        top = s.max(axis=-1, keepdims=True)
-        s -= top
-        np.exp(s, out=s)
-        total = s.sum(axis=-1, keepdims=True)
-        part = out_[n, ..., mine, :]
-        np.matmul(s, v_[n, ..., seen, :], out=part)
-        part /= total
-        if lse is not None:
-            np.log(total, out=total)
-            np.add(top, total, out=lse[n, ..., mine, :])
-
-    def pullback(g, wants):
-        dq, dk, dv = np.empty(q.shape, dtype), np.zeros(k.shape, dtype), np.zeros(v.shape, dtype)
-        g_, dq_, dk_, dv_ = (by_head(a, K) for a in (g, dq, dk, dv))
-        for n, mine, seen in tiles:
-            s, scaled = scores(n, mine, seen)
-            mine, seen = (n, ..., mine, slice(None)), (n, ..., seen, slice(None))
-            s -= lse[mine]
-            np.exp(s, out=s)  # P
-            add_heads(dv_[seen], swap(s), g_[mine])
-            ds = np.matmul(g_[mine], swap(v_[seen]), out=arena.take("ds", s.shape, dtype))
-            ds -= np.vecdot(g_[mine], out_[mine])[..., None]
-            ds *= s  # times √D: the scale comes in with the queries, and at the end for dq
-            np.matmul(ds, k_[seen], out=dq_[mine])
-            add_heads(dk_[seen], swap(ds), scaled)
-        dq *= scale
-        return dq, dk, dv
-
-    return out, together(pullback)
-
-
-def add_heads(into, a, b):
-    """into (n, K, 1, S, D) += Σ over a key head's query heads of a (n, K, G, S, t) @ b."""
-    product = np.matmul(a, b, out=arena.take("heads", (*a.shape[:-1], b.shape[-1]), b.dtype))
-    into += product if product.shape[2] == 1 else product.sum(axis=2, keepdims=True)
-
-
-@rope.on("numpy")
-def _(xp, x, *, theta, scaling=None, positions=None):
-    """Whole rows at once: y = x cos + swap(x) sin, where swap exchanges the halves of a head."""
-    T, D = x.shape[1], x.shape[3]
-    if positions is not None or not real(x) or D % 2:
-        return NotImplemented
-    cos, sin = turns(T, D, theta, scaling, x.dtype)
-
-    def rotate(x, sin):
-        half = D // 2
-        y = np.empty(x.shape, x.dtype)
-        y[..., :half], y[..., half:] = x[..., half:], x[..., :half]
-        y *= sin
-        turned = np.multiply(x, cos, out=arena.take("rope", x.shape, x.dtype))
-        y += turned
-        return y
-
-    return rotate(x, sin), (lambda g: rotate(g, -sin),)
-
-
-@lru_cache(maxsize=16)
-def turns(T, D, theta, scaling, dtype):
-    """cos and signed sin of every (position, channel): two (T, 1, D) arrays."""
-    angle = np.arange(T)[:, None] * rope_rates(np, D, theta, scaling)
-    cos, sin = np.cos(angle), np.sin(angle)
-    return (
-        np.concatenate([cos, cos], axis=-1).astype(dtype)[:, None],
-        np.concatenate([-sin, sin], axis=-1).astype(dtype)[:, None],
-    )
 
 
 @head_cross_entropy.on("numpy")

@@ -10,7 +10,7 @@ from ..files.pretrained import Pretrained, open_model
 from ..files.tokenizer import Tokenizer
 from ..lora.adapters import mix, take
 from ..lora.lora import merge
-from ..model.generate import each_token, generate
+from ..model.generate import each_token, for_decoding, generate
 
 BASE = "base"  # where an adapter is named: none
 
@@ -42,11 +42,11 @@ def prompt_ids(
 
 
 def with_adapters(model: Any, adapters: Sequence[str]) -> Any:
-    """A plain model with each adapter merged in, one after the other."""
+    """A plain model with each adapter merged in, one after the other, laid out for decoding."""
     for directory in adapters:
         if directory != BASE:
             model = merge(load_adapter(directory, model))
-    return model
+    return for_decoding(model)
 
 
 def streamed(

@@ -12,7 +12,7 @@ import numpy as np
 from ..engine.errors import MiniloraError
 from ..engine.rules import reference_rules
 from ..engine.tensor import Tensor
-from ..model.generate import generate
+from ..model.generate import for_decoding, generate
 from ..model.module import parameters, rebuild
 from ..optim.adamw import AdamW
 from ..quant.blockwise import quantize_array
@@ -109,7 +109,7 @@ class OurGenerate(Contender):
     """Greedy tokens with a key-value cache."""
 
     def build(self) -> None:
-        self.model, self.prompts = own_arrays(self.start), prompts(self.job)
+        self.model, self.prompts = for_decoding(self.start), prompts(self.job)
         self.resources = ExitStack()
         self.resources.enter_context(rules_of(self.job))
         expect_threads(self.job, 1)

@@ -14,14 +14,15 @@ class LayerCache:
         self.keys = xp.zeros(shape, dtype)  # (N, S, K, D)
         self.values = xp.zeros(shape, dtype)
         self.rows = xp.arange(shape[0])[:, None]  # (N, 1)
+        self.stop = shape[1]  # positions from here on hold nothing yet
 
     def extend(self, k: Tensor, v: Tensor, positions: Any) -> tuple[Tensor, Tensor]:
-        """Write k and v (N, T, K, D) at `positions` (N, T); return all up to now."""
+        """Write k and v (N, T, K, D) at `positions` (N, T); return all before `stop`, as views."""
         if k.target is not None or v.target is not None:
             raise MiniloraError("cache: generate from a frozen model: freeze(model)")
         self.keys[self.rows, positions] = k.data
         self.values[self.rows, positions] = v.data
-        return Tensor(self.keys), Tensor(self.values)
+        return Tensor(self.keys[:, : self.stop]), Tensor(self.values[:, : self.stop])
 
 
 class KVCache:
@@ -39,3 +40,8 @@ class KVCache:
         shape = (batch, length, config.kv, config.head_width)
         xp = xp_of(weight)
         self.layers = [LayerCache(xp, shape, weight.dtype) for _ in range(config.layers)]
+
+    def reach(self, stop: int) -> None:
+        """From now on no row has a token at `stop` or beyond, and nobody need look there."""
+        for layer in self.layers:
+            layer.stop = stop

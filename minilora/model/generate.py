@@ -7,8 +7,10 @@ import numpy as np
 
 from ..engine.backend import to_device, to_numpy, xp_of
 from ..engine.errors import MiniloraError, NumericsError
+from ..engine.tensor import Tensor
 from .cache import KVCache
-from .module import freeze
+from .layers import Linear
+from .module import freeze, rebuild
 
 
 def generate(
@@ -85,6 +87,7 @@ def each_token(
     expect_ids("generate", ids, model.config.vocab)
 
     cache = KVCache(model, len(lengths), max(lengths) + new_tokens)
+    cache.reach(max(lengths))
     # A row's padding sits at positions that its own tokens overwrite before they are seen.
     positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
     last = to_device(np.asarray(lengths) - 1, device)
@@ -104,7 +107,25 @@ def each_token(
         yield token
         if step + 1 < new_tokens:
             last = last + 1
+            cache.reach(max(lengths) + step + 1)
             x = model.hidden(token[:, None], positions=last[:, None], cache=cache)[:, 0]
+
+
+def for_decoding(model: Any) -> Any:
+    """The frozen model with each Linear's weight stored column by column, as own arrays.
+
+    The same numbers in the order in which a product with few rows reads them: y = x Wᵀ sums
+    columns of W scaled by x.  Up to three times as fast from 4 to 16 rows, where BLAS has no
+    good kernel for rows of W.  It costs a copy of the weights; a weight in codes stays as it
+    is (`dequantize` first, where memory allows), and so does a tree on a GPU.
+    """
+
+    def convert(path: str, node: Any) -> Any:
+        if isinstance(node, Linear) and xp_of(node.weight.data) is np:
+            return Linear(Tensor(np.array(node.weight.data, order="F")), node.bias)
+        return node
+
+    return rebuild(freeze(model), convert)
 
 
 def draw(

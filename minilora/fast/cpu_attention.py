@@ -1,0 +1,141 @@
+"""Attention and rotations for NumPy arrays: tiles that stay in a cache, angles made once."""
+
+import math
+from functools import lru_cache
+
+import numpy as np
+
+from ..engine.attention import attention, by_head, rope, rope_rates
+from ..engine.graph import together
+from ..engine.tensor import swap
+from .cpu import BLOCK, arena, real
+
+
+@attention.on("numpy")
+def _(xp, q, k, v, *, positions=None, tile=64, wants):
+    """A few sequences at a time, so that a tile of scores for all heads stays in the cache."""
+    if not real(q, k, v) or q.size == 0:
+        return NotImplemented
+    if positions is not None:
+        if any(wants):
+            return NotImplemented
+        if q.shape[1] == 1:
+            return one_query(q, k, v, positions)
+        if k.shape[1] != q.shape[1] or (positions != np.arange(q.shape[1])).any():
+            return NotImplemented  # else a prompt that fills the cache: positions say 0..T-1
+    N, T, H, D = q.shape
+    K = k.shape[2]
+    if k.shape != v.shape or k.shape != (N, T, K, D) or H % K:
+        return NotImplemented  # the specification says what is wrong
+    scale = 1 / math.sqrt(D)
+    dtype = q.dtype
+    out = np.empty((N, T, H, D), dtype)
+    lse = np.empty((N, K, H // K, T, 1), dtype) if any(wants) else None
+    q_, k_, v_, out_ = (by_head(a, K) for a in (q, k, v, out))
+    above = np.triu(np.full((tile, tile), -np.inf, dtype), 1)
+    together_ = max(1, 2 * BLOCK // (H * min(T, tile) * T))
+    tiles = [
+        (slice(n, min(n + together_, N)), slice(t, min(t + tile, T)), slice(0, min(t + tile, T)))
+        for n in range(0, N, together_)
+        for t in range(0, T, tile)
+    ]
+
+    def scores(n, mine, seen):
+        """q kᵀ / √D of one tile, -inf above the diagonal, and q / √D."""
+        queries = q_[n, ..., mine, :]
+        scaled = np.multiply(queries, scale, out=arena.take("queries", queries.shape, dtype))
+        s = arena.take("scores", (*queries.shape[:-1], seen.stop), dtype)
+        np.matmul(scaled, swap(k_[n, ..., seen, :]), out=s)
+        s[..., mine] += above[: queries.shape[-2], : queries.shape[-2]]
+        return s, scaled
+
+    for n, mine, seen in tiles:
+        s, _ = scores(n, mine, seen)
+        top = s.max(axis=-1, keepdims=True)
+        s -= top
+        np.exp(s, out=s)
+        total = s.sum(axis=-1, keepdims=True)
+        part = out_[n, ..., mine, :]
+        np.matmul(s, v_[n, ..., seen, :], out=part)
+        part /= total
+        if lse is not None:
+            np.log(total, out=total)
+            np.add(top, total, out=lse[n, ..., mine, :])
+
+    def pullback(g, wants):
+        dq, dk, dv = np.empty(q.shape, dtype), np.zeros(k.shape, dtype), np.zeros(v.shape, dtype)
+        g_, dq_, dk_, dv_ = (by_head(a, K) for a in (g, dq, dk, dv))
+        for n, mine, seen in tiles:
+            s, scaled = scores(n, mine, seen)
+            mine, seen = (n, ..., mine, slice(None)), (n, ..., seen, slice(None))
+            s -= lse[mine]
+            np.exp(s, out=s)  # P
+            add_heads(dv_[seen], swap(s), g_[mine])
+            ds = np.matmul(g_[mine], swap(v_[seen]), out=arena.take("ds", s.shape, dtype))
+            ds -= np.vecdot(g_[mine], out_[mine])[..., None]
+            ds *= s  # times √D: the scale comes in with the queries, and at the end for dq
+            np.matmul(ds, k_[seen], out=dq_[mine])
+            add_heads(dk_[seen], swap(ds), scaled)
+        dq *= scale
+        return dq, dk, dv
+
+    return out, together(pullback)
+
+
+def one_query(q, k, v, positions):
+    """The newest token of each row against its cache: two products a key head, no tiles."""
+    N, S, K, D = k.shape
+    H = q.shape[2]
+    if k.shape != v.shape or q.shape[::3] != (N, D) or H % K:
+        return NotImplemented  # the specification says what is wrong
+    s = q.reshape(N, K, H // K, D) @ k.transpose(0, 2, 3, 1)  # (N, K, H/K, S)
+    s *= 1 / math.sqrt(D)
+    if (positions != S - 1).any():
+        s[np.broadcast_to((np.arange(S) > positions)[:, None, None], s.shape)] = -np.inf
+    s -= s.max(axis=-1, keepdims=True)
+    np.exp(s, out=s)
+    s /= s.sum(axis=-1, keepdims=True)
+    return (s @ v.transpose(0, 2, 1, 3)).reshape(q.shape), None
+
+
+def add_heads(into, a, b):
+    """into (n, K, 1, S, D) += Σ over a key head's query heads of a (n, K, G, S, t) @ b."""
+    product = np.matmul(a, b, out=arena.take("heads", (*a.shape[:-1], b.shape[-1]), b.dtype))
+    into += product if product.shape[2] == 1 else product.sum(axis=2, keepdims=True)
+
+
+@rope.on("numpy")
+def _(xp, x, *, theta, scaling=None, positions=None):
+    """Whole rows at once: y = x cos + swap(x) sin, where swap exchanges the halves of a head."""
+    T, D = x.shape[1], x.shape[3]
+    if not real(x) or D % 2 or x.size == 0:
+        return NotImplemented
+    if positions is None:
+        cos, sin = turns(T, D, theta, scaling, x.dtype)
+    else:
+        if positions.min() < 0:
+            return NotImplemented
+        reach = 1 << int(positions.max()).bit_length()  # few tables, each twice the one before
+        cos, sin = (table[positions] for table in turns(reach, D, theta, scaling, x.dtype))
+
+    def rotate(x, sin):
+        half = D // 2
+        y = np.empty(x.shape, x.dtype)
+        y[..., :half], y[..., half:] = x[..., half:], x[..., :half]
+        y *= sin
+        turned = np.multiply(x, cos, out=arena.take("rope", x.shape, x.dtype))
+        y += turned
+        return y
+
+    return rotate(x, sin), (lambda g: rotate(g, -sin),)
+
+
+@lru_cache(maxsize=16)
+def turns(T, D, theta, scaling, dtype):
+    """cos and signed sin of every (position, channel): two (T, 1, D) arrays."""
+    angle = np.arange(T)[:, None] * rope_rates(np, D, theta, scaling)
+    cos, sin = np.cos(angle), np.sin(angle)
+    return (
+        np.concatenate([cos, cos], axis=-1).astype(dtype)[:, None],
+        np.concatenate([-sin, sin], axis=-1).astype(dtype)[:, None],
+    )
