@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +13,8 @@ from typing import NoReturn
 from . import __version__
 from .cli_model import add_commands, names
 from .engine.errors import MiniloraError
+from .engine.workers import threads
+from .lab.machine import keep_large_blocks
 from .lab.report import write_record
 
 OVERVIEW = """\
@@ -323,8 +326,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(OVERVIEW.format(version=__version__, tasks=", ".join(TASKS)), end="")
         return 0
+    if arguments is None:  # a process of our own
+        keep_large_blocks()
     try:
-        return args.run(args)
+        with threads(os.cpu_count() or 1):
+            return args.run(args)
     except MiniloraError as error:
         print(f"minilora {args.command}: {error}", file=sys.stderr)
         return 2

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..engine.errors import MiniloraError
 from .bench_shapes import Job, Shape
-from .machine import Load, Peak, sgemm_ceiling
+from .machine import Load, Peak, keep_large_blocks, sgemm_ceiling
 
 
 class Worker:
@@ -127,7 +127,11 @@ class Answering:
 
 
 def main() -> None:
-    """Answer line by line until the pipe closes.  What libraries print goes to stderr."""
+    """Answer line by line until the pipe closes.  What libraries print goes to stderr.
+
+    Every library gets the allocator that the command line gives minilora.
+    """
+    keep_large_blocks()
     pipe = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     answering = Answering()
