@@ -54,7 +54,7 @@ def line(case: dict[str, Any], row: dict[str, Any], memory: bool) -> list[str]:
     gap = f"{row['gap']:.0e}" if row.get("gap") else "-"
     if row.get("passed") is False:
         gap += " REFUSED"
-    threads = 1 if case.get("measure") == "cpu" else case["threads"]
+    threads = row.get("working", 1 if case.get("measure") == "cpu" else case["threads"])
     cells = [
         case["title"],
         NAMES[row["contender"]],

@@ -172,7 +172,8 @@ def is_whole(value: Any) -> bool:
 def expect_sound(rows: np.ndarray) -> None:
     """Errors: `NumericsError` naming the first row whose likeliest logit was not finite."""
     if not rows.all():
-        raise NumericsError(f"generate: expected finite logits, found others in row {rows.argmin()}")
+        row = int(rows.argmin())
+        raise NumericsError(f"generate: expected finite logits, found others in row {row}")
 
 
 def expect_ids(name: str, ids: np.ndarray, vocab: int) -> None:
