@@ -139,8 +139,8 @@ def bench_figure(record: dict[str, Any], path: str | Path) -> Path:
         if key in row or why(row)
     ]
     colors = {
-        "torch": BLUE, "hf": SKY, "compile": ORANGE, "erf": PURPLE, "primitives": GREEN,
-        "reference": RED, "blas": YELLOW, "bnb": BLUE,
+        "minilora": BLUE, "torch": BLUE, "hf": SKY, "compile": ORANGE, "erf": PURPLE,
+        "primitives": GREEN, "reference": RED, "blas": YELLOW, "bnb": BLUE,
     }  # fmt: skip
     figure, (ax,) = canvas(6.4, 1.4 + 0.27 * max(3, len(bars)))
     for y, (_, contender, ratio, ends, reason) in enumerate(reversed(bars)):
