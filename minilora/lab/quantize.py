@@ -174,8 +174,8 @@ def levels_figure(record: dict[str, Any], path: str | Path) -> Path:
 
 
 def codes_figure(record: dict[str, Any], path: str | Path) -> Path:
-    """Above: error by block size and code.  Below: error against bits, the scales included."""
-    figure, (ax, pareto) = canvas(6.4, 8.0, panels=2, stacked=True)
+    """Left: error by block size and code.  Right: error against bits, the scales included."""
+    figure, (ax, pareto) = canvas(7.2, 5.2, panels=2)
     colors = dict(zip(FOUR_BITS, (BLUE, RED, PURPLE, ORANGE, GREEN), strict=True))
     names = {"nf4": "NF4", "fp4": "FP4", "e2m1": "E2M1", "int4": "INT4, 15 levels",
              "int4_max": "INT4, 16 levels, signed max"}  # fmt: skip
@@ -183,23 +183,27 @@ def codes_figure(record: dict[str, Any], path: str | Path) -> Path:
         style = {"color": colors[name], "marker": MARKS[i]}
         ax.plot([int(b) for b in by], [e["rmse"] for e in by.values()], label=names[name], **style)
     ax.set_xscale("log", base=2)
-    ax.set_xticks(BLOCKS, [str(b) for b in BLOCKS])
+    ax.set_xticks(BLOCKS, [str(b) for b in BLOCKS], fontsize=8)
     ax.set_xlabel("weights in a block")
     ax.set_ylabel("RMSE on N(0, 1)")
     for e in record["equal_bits"]:
         marker = {"float32": "o", "double": "s", "float16": "^"}[e["scales"]]
         pareto.plot(e["bits"], e["rmse"], marker, color=colors[e["code"]], ms=7)
-        left = e["scales"] == "float16"  # where two kinds meet, one label on each side
-        pareto.annotate(str(e["block"]), (e["bits"], e["rmse"]), fontsize=8, va="center",
-                        xytext=(-6 if left else 6, 0), ha="right" if left else "left",
-                        textcoords="offset points")  # fmt: skip
+        offset, side, height = {  # a side for each kind, since points of two kinds meet
+            "float32": ((6, 0), "left", "center"),
+            "float16": ((-6, 0), "right", "center"),
+            "double": ((0, -5), "center", "top"),
+        }[e["scales"]]
+        pareto.annotate(str(e["block"]), (e["bits"], e["rmse"]), fontsize=8, va=height, ha=side,
+                        xytext=offset, textcoords="offset points")  # fmt: skip
+    pareto.margins(0.12, 0.06)
     for label, marker in (
         ("float32 scales", "o"),
         ("scales of scales", "s"),
         ("float16 scales", "^"),
     ):
         pareto.plot([], [], marker, color="0.4", label=label)
-    pareto.set_xlabel("bits a weight, scales included (number: block)")
+    pareto.set_xlabel("bits a weight, scales included\n(number: weights in a block)")
     pareto.set_ylabel("RMSE on N(0, 1)")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return save(figure, path)
