@@ -242,7 +242,7 @@ def test_the_whole_is_kept_at_top_p_one_however_unlikely():
 CHI2_15 = 44.263
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
+@pytest.mark.parametrize("temperature", [0.7, 1.6])
 def test_a_hundred_thousand_draws_of_sixteen_tokens(temperature):
     z = np.random.default_rng(11).standard_normal(16) * 1.5
     p = np.exp(z / temperature) / np.exp(z / temperature).sum()
@@ -255,9 +255,12 @@ def test_a_hundred_thousand_draws_of_sixteen_tokens(temperature):
     assert ((counts - n * off) ** 2 / (n * off)).sum() > CHI2_15
 
 
-@pytest.mark.parametrize("options", [(None, None), (5, None), (None, 0.7), (9, 0.9)])
-def test_banned_tokens_are_never_drawn(options):
-    """A token of logit -inf, and one that top-k or top-p cut, in 10^5 draws."""
+@pytest.mark.parametrize(
+    "options, draws",
+    [((None, None), 10_000), ((5, None), 10_000), ((None, 0.7), 10_000), ((9, 0.9), 100_000)],
+)
+def test_banned_tokens_are_never_drawn(options, draws):
+    """A token of logit -inf, and one that top-k or top-p cut; all others are."""
     z = np.random.default_rng(13).standard_normal(16)
     z[[0, 6, 15]] = -np.inf
     top_k, top_p = options
@@ -266,7 +269,7 @@ def test_banned_tokens_are_never_drawn(options):
     kept = order[: top_k or 13]
     if top_p is not None:
         kept = kept[: 1 + int((np.cumsum(p[kept]) / p[kept].sum() < top_p).sum())]
-    u = np.concatenate([[0.0, np.nextafter(1, 0)], np.random.default_rng(14).random(100_000)])
+    u = np.concatenate([[0.0, np.nextafter(1, 0)], np.random.default_rng(14).random(draws)])
     assert {draw(z, v, 1.0, top_k, top_p) for v in u} == set(kept.tolist())
 
 
