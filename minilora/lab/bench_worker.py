@@ -27,9 +27,10 @@ class Worker:
 
     def __init__(self, job: Job):
         self.job = job
-        blas = job.threads if job.contender in BLAS_THREADED or job.kind == "generate" else 1
-        threads = {f"{name}_NUM_THREADS": str(blas) for name in ("OPENBLAS", "MKL", "BLIS")}
-        threads["OMP_NUM_THREADS"] = str(job.threads if is_theirs(job) else blas)
+        threads = {
+            f"{name}_NUM_THREADS": str(blas_threads(job))
+            for name in ("OPENBLAS", "MKL", "BLIS", "OMP")
+        }
         self.words = tempfile.TemporaryFile()  # noqa: SIM115  (closed by __exit__)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "minilora.lab.bench_worker"],
@@ -62,7 +63,7 @@ class Worker:
         return answer
 
     def prepare(self) -> dict[str, Any]:
-        """Import, draw, build; `{"versions": ...}`."""
+        """Import, draw, build; `{"versions": ..., "working": threads found at work}`."""
         return self.ask("prepare", job=asdict(self.job))
 
     def run(self, steps: int) -> dict[str, Any]:
@@ -76,7 +77,10 @@ class Worker:
         return f"the worker ended: {lines[-1] if lines else 'without a word'}"
 
 
-BLAS_THREADED = ("blas",)
+def blas_threads(job: Job) -> int:
+    """Threads inside a matrix product: all of them, but where our shards are the threads."""
+    whole = is_theirs(job) or job.contender == "blas" or job.kind == "generate"
+    return job.threads if whole else 1
 
 
 def is_theirs(job: Job) -> bool:
@@ -97,7 +101,12 @@ class Answering:
 
             from .bench_torch import contender
 
-            libraries = {m.__name__: m.__version__ for m in (torch, peft, transformers)}
+            used = [torch, peft, transformers]
+            if self.job.contender == "bnb":
+                import bitsandbytes
+
+                used.append(bitsandbytes)
+            libraries = {m.__name__: m.__version__ for m in used}
         else:
             from .bench_ours import contender
 
@@ -105,7 +114,7 @@ class Answering:
         self.contender = contender(self.job)
         self.peak = Peak()
         self.contender.build()
-        return {"versions": libraries}
+        return {"versions": libraries, "working": self.contender.working}
 
     def run(self, steps: int) -> dict[str, Any]:
         load, values, wall, cpu = Load(), [], 0.0, 0.0

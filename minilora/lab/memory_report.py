@@ -124,8 +124,15 @@ def memory_by_model(whole: dict[str, Any], path: str | Path) -> Path:
                 ax.axhline(card, color="0.35", linewidth=0.8, linestyle=":")
                 if card > 0.04 * max(totals):  # below, the labels would cover one another
                     ax.text(
-                        2.42, card, f"{card}", fontsize=7, color="0.35", va="bottom", ha="right"
-                    )
+                        0.5,
+                        card,
+                        f"{card}",
+                        fontsize=8,
+                        color="0.25",
+                        va="center",
+                        ha="center",
+                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+                    )  # between two bars, where nothing else is written
         ax.set_xticks(range(3), record["methods"], fontsize=9)
         ax.set_title(record["model"], fontsize=10)
     axes[0].set_ylabel("GB held in a training step")
