@@ -201,12 +201,18 @@ def test_a_bad_gradient_names_its_step_and_parameter(shards, device):
         fit(optimizer(device), spoiled, data(), steps=10, batch=8, every=5, shards=shards)
 
 
-def test_a_bad_loss_is_an_error(device):
-    def bad(model, batch, rng):
-        return loss(model, batch, rng) + float("inf")
+@pytest.mark.parametrize("cut", [{}, {"accumulate": 2}, {"shards": 2}])
+def test_a_bad_loss_names_its_step(cut, device):
+    """Infinite at step 3 alone, where every gradient is finite; noticed at the record."""
+    calls = []
 
-    with pytest.raises(NumericsError, match="by step 2: the loss is inf"):
-        fit(optimizer(device), bad, data(), steps=2, batch=8)
+    def bad(model, batch, rng):
+        calls.append(1)
+        spoiled = len(calls) == 3 * sum(cut.values() or [1])
+        return loss(model, batch, rng) + (float("inf") if spoiled else 0.0)
+
+    with pytest.raises(NumericsError, match="step 3: the loss is inf"):
+        fit(optimizer(device), bad, data(), steps=5, batch=8, every=5, **cut)
 
 
 @pytest.mark.parametrize("option", ["steps", "every", "accumulate", "shards", "batch"])
