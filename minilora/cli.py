@@ -327,9 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             WIDTH - COLUMN,
             break_on_hyphens=False,
         )
-        print(
-            OVERVIEW.format(version=__version__, tasks=("\n" + " " * COLUMN).join(tasks)), end=""
-        )
+        print(OVERVIEW.format(version=__version__, tasks=("\n" + " " * COLUMN).join(tasks)), end="")
         return 0
     try:
         return args.run(args)

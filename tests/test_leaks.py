@@ -7,7 +7,17 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from minilora import AdamW, TransformerConfig, adapt, freeze, init_transformer, to_device
+from minilora import (
+    AdamW,
+    Data,
+    TransformerConfig,
+    adapt,
+    fit,
+    freeze,
+    init_transformer,
+    schedule,
+    to_device,
+)
 from minilora.quant.linear import quantize
 
 CONFIG = TransformerConfig(vocab=11, width=16, layers=1, heads=2, context=16)
@@ -45,6 +55,64 @@ def test_a_thousand_steps_leak_nothing(device, dev):
         tracemalloc.stop()
         gc.enable()
     assert grown < 16 * 1024
+
+
+def batches(n=16):
+    ids = np.random.default_rng(0).integers(0, 11, (n, 8))
+    return Data({"ids": ids, "targets": ids})
+
+
+def loss(model, batch, rng):
+    return model.loss(batch["ids"], batch["targets"], rng=rng)
+
+
+def test_nor_does_the_loop_with_its_shards_and_records(device):
+    if device != "cpu":
+        pytest.skip("tracemalloc sees host memory alone")
+    held = []
+
+    def watched(step):
+        """A schedule, which the loop asks between two steps."""
+        if step in (100, 500):
+            assert gc.collect() == 0
+            held.append(tracemalloc.get_traced_memory()[0])
+        return 1.0
+
+    optimizer = AdamW(model(device))
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        fit(
+            optimizer, loss, batches(), steps=501, batch=4, shards=2, clip=1.0, every=50,
+            schedule=watched,
+        )  # fmt: skip
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    before, after = held
+    assert after - before < 16 * 1024  # eight records of the history are meant to stay
+
+
+def test_the_loop_waits_for_its_records_alone(device):
+    """Syncs and copies to the host do not grow with the steps; what goes in is the batches."""
+    if device != "cuda" or not hasattr(sys.modules["cupy"], "exp"):
+        pytest.skip("counts are the stand-in's")
+    standin = pytest.importorskip("standin")
+
+    def counted(steps):
+        optimizer = AdamW(model(device))
+        stats = standin.reset()
+        fit(
+            optimizer, loss, batches(), steps=steps, batch=4, accumulate=2, clip=1.0, every=steps,
+            schedule=schedule("linear", steps),
+        )  # fmt: skip
+        return stats.syncs, stats.d2h, stats.h2d, stats.h2d_bytes
+
+    few, many = counted(4), counted(12)
+    assert many[:2] == few[:2]
+    rows = 2 * 8 * 8  # ids and targets, eight numbers of eight bytes each
+    assert (many[2] - few[2], many[3] - few[3]) == (8 * 2 * 2, 8 * 4 * rows)
 
 
 @pytest.mark.parametrize("quantized", [False, True])
