@@ -33,8 +33,8 @@ def rules_of_the_library():
         if info.name.endswith(("__main__", "bench_peers", "bench_torch")):  # these need torch
             continue
         for value in vars(importlib.import_module(info.name)).values():
-            if isinstance(value, Rule):
-                found[value.__name__] = value
+            if isinstance(value, Rule):  # under one name, one rule: none may hide another
+                assert found.setdefault(value.__name__, value) is value, value.__name__
     return found
 
 
