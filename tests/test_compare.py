@@ -40,6 +40,7 @@ def test_the_record_holds_what_the_table_shows(record):
         assert len(arm["rates"]) >= 3
         assert len(arm["scores"]) == 2
         assert arm["mean"] == pytest.approx(np.mean(arm["scores"]))
+        assert arm["spread"] == pytest.approx(np.std(arm["scores"], ddof=1))
         best = min(arm["rates"], key=lambda rate: rate["val_loss"])
         assert arm["lr"] == best["lr"]
         assert arm["scores"][0] == best["score"]  # the selection run is the first of them
@@ -48,6 +49,8 @@ def test_the_record_holds_what_the_table_shows(record):
         assert set(arm["bytes"]) == {"weights", "gradients", "optimizer", "activations"}
         assert arm["ms_per_step"] > 0
     full, lora, _ = record["arms"]
+    assert lora["scores"][0] != lora["scores"][1]  # another seed, another A
+    assert full["bytes"]["activations"] == 8 * (64 * 64 + 64 * 48)  # x and the gap, no weight
     assert full["trainable"] == 48 * 64
     assert lora["trainable"] == 48 + 64
     assert full["bytes"]["gradients"] == 8 * full["trainable"]
