@@ -76,3 +76,18 @@ def test_what_it_says_of_forgetting_is_in_the_record():
     for key in ("new", "old"):  # learned most, and forgot least
         assert min(best, key=lambda name: best[name][key]) == "full, lr 0.0003"
     assert "full fine-tuning at its\nslower rate is the best on the new text" in README
+
+
+def test_the_record_of_speed_holds_what_the_fused_ops_are_for():
+    """A step at least 1.15 times as fast as on the primitives; LoRA no slower than torch."""
+    record = json.loads((ROOT / "figures" / "bench_step.json").read_text())
+    ratios = {
+        (case["title"], row["contender"]): row["ratio"]
+        for case in record["cases"]
+        for row in case["rows"]
+        if "ratio" in row
+    }
+    fused = [ratio for (_, contender), ratio in ratios.items() if contender == "primitives"]
+    assert len(fused) >= 6
+    assert max(fused) <= 1 / 1.15
+    assert max(ratios["S1 lora", "torch"], ratios["S2 lora", "torch"]) <= 1

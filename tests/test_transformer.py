@@ -184,6 +184,11 @@ def test_batch_mates_make_no_difference(options, device):
     assert generate(model, prompts[::-1], 8, seeds=[8, 7, 6, 5], **options) == together[::-1]
 
 
+def test_a_model_that_trains_writes_as_its_frozen_view_does(device):
+    model = built("llama", device)
+    assert generate(model, [[1, 2, 3]], 6) == generate(freeze(model), [[1, 2, 3]], 6)
+
+
 def test_streams_belong_to_rows_and_repeat(device):
     model = freeze(built("llama", device))
     same = [[1, 2, 3]] * 4
