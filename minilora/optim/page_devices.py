@@ -69,7 +69,7 @@ class SimulatedDevice:
         return self.host[page].copy()
 
     def write(self, page: int, values: np.ndarray) -> None:
-        """Set a page from the host; it must have no slot."""
+        """Set a page from the host; a slot that holds it is to be closed."""
         self.host[page] = values
 
 

@@ -111,11 +111,11 @@ class PagedAdamW(Stepper):
             padded[:n] = flat
             table[:, i] = padded.reshape(-1, self.page)
         old = self.pager
-        slots = len(self.device.slots)  # the pager has lost sight of one whose copy failed
-        for slot in list(self.device.slots):
-            self.device.close(slot)
         for number, values in enumerate(table):
             old.moved(self.device.write, number, values)
-        self.pager = Pager(self.device, old.pages, slots, old.policy, old.ahead)
+        slots = list(self.device.slots)  # the pager has lost sight of one whose copy failed
+        for slot in slots:
+            self.device.close(slot)
+        self.pager = Pager(self.device, old.pages, len(slots), old.policy, old.ahead)
         self.pager.log = old.log
         self.control[...] = xp_of(self.control).asarray(state["control"])
