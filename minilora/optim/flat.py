@@ -118,7 +118,8 @@ class Flat:
 
 # The few numbers that steer a step live beside the parameters, so that a step needs no
 # word from the host: float64 entries of one small array.
-LR, STEP, CALLS, NORM, FACTOR, BAD_CALL, BAD_INDEX = range(7)
+CONTROL = 7
+LR, STEP, CALLS, NORM, FACTOR, BAD_CALL, BAD_INDEX = range(CONTROL)
 
 
 @rule
@@ -148,7 +149,7 @@ class Stepper:
         if not lr >= 0:
             raise MiniloraError(f"lr: expected a number >= 0, found {lr}")
         self.flat = Flat(model, groups)
-        self.control = xp_of(self.flat.data).zeros(7)
+        self.control = xp_of(self.flat.data).zeros(CONTROL)
         self.control[LR] = lr
 
     @property
