@@ -47,6 +47,10 @@ class Tape:
     seen: set[int] = field(default_factory=set)
     alive: list = field(default_factory=list)  # so that no id is used twice
     steps: list[Step] = field(default_factory=list)
+    averages: Value = field(init=False)  # the row of 1/C, one for all norms of a model
+
+    def __post_init__(self) -> None:
+        self.averages = Value(self.setting.number * self.setting.config.width, False)
 
     def op(self, name: str, inputs: list[Value], output: Value, kept: tuple = (), **more) -> Value:
         """Note an op; `output` comes back.  Nothing is noted where nothing wants a gradient."""
@@ -83,12 +87,11 @@ class Tape:
         return self.op("linear", [x], y)
 
     def norm(self, x: Value) -> Value:
-        """Keeps n, 1/√, and a row of 1/C."""
+        """Keeps n, 1/√, and the row of 1/C."""
         config = self.setting.config
         name = "rms_norm" if config.norm == "rms" else "layer_norm"
         wants = x.wants or self.setting.method == "full"
-        row = Value(self.setting.number * config.width, False)
-        kept = (self.value(config.width, False), self.value(1, False), row)
+        kept = (self.value(config.width, False), self.value(1, False), self.averages)
         return self.op(name, [x], self.value(config.width, wants), kept)
 
     def add(self, a: Value, b: Value) -> Value:
