@@ -173,6 +173,11 @@ def test_a_restored_one_goes_on_to_the_bit(device, dev, host):
         two.restore(wrong)
 
 
+def test_averages_over_for_ever_are_refused():
+    with pytest.raises(MiniloraError, match=r"betas: expected .* found \(1.0, 0.999\)"):
+        AdamW8bit(drawn(), betas=(1.0, 0.999))
+
+
 def test_float64_is_refused():
     with pytest.raises(MiniloraError, match="float32"):
         AdamW8bit(Two(Parameter(np.ones((2, 2))), Tensor(np.ones(2))))

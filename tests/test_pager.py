@@ -326,6 +326,7 @@ def test_a_short_read_is_no_page(monkeypatch):
     [
         ({"page": 0}, "page: expected"),
         ({"page": 16, "budget": 100}, "at least one page of 128 bytes, found 100"),
+        ({"betas": (0.9, 1.0)}, r"betas: expected two numbers in \[0, 1\), found \(0.9, 1.0\)"),
         ({"pages": "tape"}, "simulated, file, cuda; found 'tape'"),
     ],
 )

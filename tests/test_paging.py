@@ -9,6 +9,7 @@ from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from minilora import AdamW, MiniloraError, to_device
+from minilora.cli import main
 from minilora.engine.errors import CheckpointError
 from minilora.lab import paging as lab
 from minilora.optim.page_devices import CupyDevice, SimulatedDevice
@@ -153,6 +154,15 @@ def test_a_long_sequence_bursts_the_budget_unpaged_and_not_paged(host_only, tmp_
     assert "equal to the bit" in text
     path = lab.paging_figure(record, tmp_path / "p.png")
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_prints_its_record(host_only, tmp_path, capsys):
+    assert main(["paging", "--json", "--out", str(tmp_path)]) == 0
+    out, error = capsys.readouterr()
+    record = json.loads(out)
+    assert record["equal"]
+    assert record == json.loads((tmp_path / "paging.json").read_text())
+    assert "paging.png" in error
 
 
 def test_no_page_fits_a_spike_of_no_measure(host_only):

@@ -142,6 +142,11 @@ def measure(xp, grad, control, *, divide_by, clip):
     control[BAD_INDEX] = xp.where(first, index.astype(xp.float64), control[BAD_INDEX])
 
 
+def expect_betas(betas: tuple[float, float]) -> None:
+    if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1):
+        raise MiniloraError(f"betas: expected two numbers in [0, 1), found {betas}")
+
+
 class Stepper:
     """What every optimizer shares: the flat buffers, the control numbers, the bad-step record."""
 

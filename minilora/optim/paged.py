@@ -7,7 +7,7 @@ import numpy as np
 from ..engine.backend import to_numpy, xp_of
 from ..engine.errors import MiniloraError
 from .adamw import adamw_update, count_step
-from .flat import Grouping, Stepper, by_shape
+from .flat import Grouping, Stepper, by_shape, expect_betas
 from .page_devices import page_device
 from .pager import Pager
 
@@ -39,6 +39,7 @@ class PagedAdamW(Stepper):
         ahead: int = 1,
     ):
         super().__init__(model, lr, groups)
+        expect_betas(betas)
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         data = self.flat.data
         if page < 1:
