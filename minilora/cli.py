@@ -89,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
         e.add_argument(
             "--out", type=folder, default=Path("figures"), help="folder for what it writes"
         )
+        e.add_argument("--json", action="store_true", help="print the record, not the table")
         e.set_defaults(run=run_experiment)
 
     b = commands.add_parser("bench", help="time and memory against torch, behind a gate")
@@ -246,8 +247,9 @@ def run_experiment(args: argparse.Namespace) -> int:
     if min(options.values(), default=1) < 1:
         raise MiniloraError(f"expected seeds and jobs >= 1, found {options}")
     record = run(config(**options))
-    print(report(record))
-    write_record(record, args.out / f"{args.command}.json", draw)
+    print(json.dumps(record, indent=1) if args.json else report(record))
+    say = partial(print, file=sys.stderr if args.json else sys.stdout)
+    write_record(record, args.out / f"{args.command}.json", draw, say)
     return 0
 
 

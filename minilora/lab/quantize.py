@@ -147,6 +147,15 @@ def quantize_report(record: dict[str, Any]) -> str:
     return "\n\n".join([title, table(rows), table(blocks), table(equal)])
 
 
+def frontier(entries: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """(bits, RMSE) of those that no other beats in one without being worse in the other."""
+    found: list[tuple[float, float]] = []
+    for e in sorted(entries, key=lambda e: (e["bits"], e["rmse"])):
+        if not found or e["rmse"] < found[-1][1]:
+            found.append((e["bits"], e["rmse"]))
+    return found
+
+
 def levels_figure(record: dict[str, Any], path: str | Path) -> Path:
     """The levels on the bell curve that they were made for, and how often each is used."""
     figure, (ax, bars) = canvas(7.2, 3.8, panels=2)
@@ -197,6 +206,8 @@ def codes_figure(record: dict[str, Any], path: str | Path) -> Path:
         pareto.annotate(str(e["block"]), (e["bits"], e["rmse"]), fontsize=8, va=height, ha=side,
                         xytext=offset, textcoords="offset points")  # fmt: skip
     pareto.margins(0.12, 0.06)
+    best = frontier(record["equal_bits"])
+    pareto.plot(*zip(*best, strict=True), color="0.6", linewidth=1, zorder=0, label="Pareto front")
     for label, marker in (
         ("float32 scales", "o"),
         ("scales of scales", "s"),
@@ -205,5 +216,5 @@ def codes_figure(record: dict[str, Any], path: str | Path) -> Path:
         pareto.plot([], [], marker, color="0.4", label=label)
     pareto.set_xlabel("bits a weight, scales included\n(number: weights in a block)")
     pareto.set_ylabel("RMSE on N(0, 1)")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return save(figure, path)
