@@ -93,8 +93,8 @@ def parser() -> argparse.ArgumentParser:
         e.set_defaults(run=run_experiment)
 
     b = commands.add_parser("bench", help="time and memory against torch, behind a gate")
-    b.add_argument("--suite", default="step", help="step (default), memory, generate, optimizer, "
-                   "quantize, scaling or threads")  # fmt: skip
+    b.add_argument("--suite", default="step", help="step (default), memory, micro, generate, "
+                   "optimizer, quantize, scaling or threads")  # fmt: skip
     b.add_argument("--shapes", type=names, help="comma-separated: tiny,S0,S1,S2,S3,smollm2")
     b.add_argument("--modes", type=names, help="comma-separated: lora,full,qlora")
     b.add_argument("--baselines", type=names, help="comma-separated, e.g. torch,hf,primitives")

@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from minilora import MiniloraError, freeze
 from minilora.lab import bench, bench_primitives
-from minilora.lab.bench_ours import OurOptimizer, expect_threads, sums
+from minilora.lab.bench_ours import OurOptimizer, contender, expect_threads, sums
 from minilora.lab.bench_report import bench_figure, bench_report, how, speedups, why
 from minilora.lab.bench_shapes import SHAPES, Job, flops, starting_tree, tokens
 from minilora.lab.bench_worker import Worker, blas_threads
@@ -232,6 +233,29 @@ def test_the_width_of_a_product_in_each_worker(contender, kind, width):
     assert blas_threads(Job(contender, SHAPES["S0"], kind=kind, threads=2)) == width
 
 
+def test_micro_batches_are_ours_alone_and_the_same_step():
+    config = bench.BenchConfig(suite="micro", shapes=("tiny",), baselines=("reference",))
+    ((facts, jobs),) = bench.cases(config)
+    job = jobs[0]
+    assert (facts["title"], job.micro) == ("tiny lora, 2 sequences at a time", 2)
+    losses = []
+    for micro in (None, 2, 1):
+        step = contender(replace(job, micro=micro, threads=1))
+        step.build()
+        for _ in range(3):
+            step.step()
+        step.close()
+        losses.append(step.losses)
+        assert step.pieces == {None: 1, 2: 2, 1: 4}[micro]
+    np.testing.assert_allclose(losses[1:], [losses[0]] * 2, rtol=1e-5)
+
+
+def test_decoding_is_raced_for_one_row_and_for_eight():
+    config = bench.BenchConfig(suite="generate", shapes=("tiny",), baselines=("reference",))
+    found = [(facts["title"], jobs[0].shape.batch) for facts, jobs in bench.cases(config)]
+    assert found == [("tiny full, batch 1", 1), ("tiny full, batch 8", 8)]
+
+
 def test_the_suite_of_threads():
     config = bench.BenchConfig(suite="threads", shapes=("tiny",), threads=3, baselines=("blas",))
     found = [(facts["title"], [(j.contender, j.threads) for j in jobs])
@@ -340,5 +364,5 @@ def test_torch_passes_the_other_gates(suite, mode, names, monkeypatch):
     )
     (case,) = bench.bench(config)["cases"]
     assert [row["contender"] for row in case["rows"]] == names
-    assert [row["working"] for row in case["rows"]] == [1, 2]
+    assert [row["working"] for row in case["rows"]] == [2, 2]
     assert all(row["passed"] and "error" not in row for row in case["rows"])

@@ -21,7 +21,7 @@ from .bench_shapes import MODES, SHAPES, Job, Shape, flops
 from .bench_worker import Worker
 from .machine import Load, machine
 
-SUITES = ("step", "memory", "generate", "optimizer", "quantize", "scaling", "threads")
+SUITES = ("step", "memory", "micro", "generate", "optimizer", "quantize", "scaling", "threads")
 BASELINES = {  # what it is called in print, and the suites that it runs in
     "torch": ("torch eager + PEFT", SUITES),
     "hf": ("Hugging Face + PEFT", ("step", "memory", "generate")),
@@ -32,12 +32,17 @@ BASELINES = {  # what it is called in print, and the suites that it runs in
     "reference": ("our specifications", SUITES),
     "blas": ("minilora, BLAS threads", ("step", "memory", "threads")),
 }
+WEIGHED = ("memory", "micro", "scaling")  # the suites that report bytes
+ALONE = {  # the only baselines of a suite, if none are asked for
+    "micro": ["torch"], "scaling": ["torch"], "threads": ["torch", "blas"],
+}  # fmt: skip
 NEEDS_TORCH = ("torch", "hf", "compile", "erf", "bnb")
 ON_REQUEST = ("erf", "reference", "blas")  # and primitives beside scaling
 GATE, GATE_STEPS = 1e-4, 4
 ERF_GATE = 1e-2  # another function, so its loss is another; close enough to be the same work
 QUIET = 0.07  # of all processors: more than this for others makes a round dirty
 TURN = 0.4  # seconds that a turn lasts at least, against a clock of 10 ms ticks
+MICRO = 2  # sequences of a micro-batch in the suite of that name
 ATTEMPTS = 3  # rounds tried for each one wanted
 
 
@@ -88,13 +93,8 @@ class BenchConfig:
 
     def contenders(self) -> list[str]:
         """The baselines asked for, or all usual ones, as far as the suite and the machine go."""
-        wanted = (
-            [n for n in BASELINES if n not in ON_REQUEST]
-            if self.baselines is None
-            else self.baselines
-        )
-        if self.baselines is None and self.suite in ("scaling", "threads"):
-            wanted = ["torch"] if self.suite == "scaling" else ["torch", "blas"]
+        usual = ALONE.get(self.suite, [n for n in BASELINES if n not in ON_REQUEST])
+        wanted = usual if self.baselines is None else self.baselines
         return [
             name
             for name in wanted
@@ -127,7 +127,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         case = facts | {"threads": jobs[0].threads, "rank": jobs[0].rank}
         if config.suite != "memory":
             case |= timed(jobs, config, lambda: bar.update(1))
-        if config.suite in ("memory", "scaling"):
+        if config.suite in WEIGHED:
             case = with_memory(case, jobs)
         if jobs[0].kind == "step" and config.suite != "memory":
             case["gflop"] = flops(jobs[0]) / 1e9
@@ -140,8 +140,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
 
 def cases(config: BenchConfig) -> Iterator[tuple[dict[str, Any], list[Job]]]:
     """What a suite measures, point by point: facts for the record, and the jobs to race."""
-    usual = {"scaling": ("lora",), "generate": ("lora", "full"), "optimizer": ("lora", "full"),
-             "quantize": ("qlora",), "threads": ("lora",)}  # fmt: skip
+    usual = {"scaling": ("lora",), "generate": ("full",), "optimizer": ("lora", "full"),
+             "quantize": ("qlora",), "threads": ("lora",), "micro": ("lora",)}  # fmt: skip
     modes = config.modes or usual.get(config.suite, MODES)
     if config.suite == "scaling":
         for axis, value, shape, rank in scaling_points(SHAPES[(config.shapes or ("S1",))[0]]):
@@ -152,14 +152,23 @@ def cases(config: BenchConfig) -> Iterator[tuple[dict[str, Any], list[Job]]]:
         return
     for name in config.shapes or ("S0", "S1", "S2", "S3"):
         for mode in modes:
-            facts = {"title": f"{name} {mode}", "shape": name, "mode": mode}
-            facts |= {"about": SHAPES[name].about}
-            if config.suite != "threads":
-                yield facts, config.jobs(SHAPES[name], mode)
-                continue
-            for k in thread_counts(config.threads):
-                title = f"{name} {mode}, {k} thread{'s' if k > 1 else ''}"
-                yield facts | {"title": title}, config.jobs(SHAPES[name], mode, threads=k)
+            for words, shape, options in variants(config, SHAPES[name]):
+                facts = {"title": f"{name} {mode}{words}", "shape": name, "mode": mode}
+                yield facts | {"about": shape.about}, config.jobs(shape, mode, **options)
+
+
+def variants(config: BenchConfig, shape: Shape) -> Iterator[tuple[str, Shape, dict[str, Any]]]:
+    """What else a suite varies: words for the title, the shape, options of the job."""
+    if config.suite == "threads":
+        for k in thread_counts(config.threads):
+            yield f", {k} thread{'s' if k > 1 else ''}", shape, {"threads": k}
+    elif config.suite == "generate":
+        for batch in (1, 8):
+            yield f", batch {batch}", replace(shape, batch=batch), {}
+    elif config.suite == "micro":  # ours alone: torch has the whole batch at once
+        yield f", {MICRO} sequences at a time", shape, {"micro": MICRO}
+    else:
+        yield "", shape, {}
 
 
 def thread_counts(most: int) -> list[int]:

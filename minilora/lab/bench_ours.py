@@ -12,6 +12,7 @@ import numpy as np
 from ..engine.errors import MiniloraError
 from ..engine.rules import reference_rules
 from ..engine.tensor import Tensor
+from ..engine.workers import threads
 from ..model.generate import for_decoding, generate
 from ..model.module import parameters, rebuild
 from ..optim.adamw import AdamW
@@ -70,10 +71,13 @@ class OurStep(Contender):
         self.resources = ExitStack()
         self.resources.enter_context(rules_of(job))
         self.shards = self.resources.enter_context(Shards(self.optimizer.flat, shards))
+        self.pieces = 1 if job.micro is None else -(-job.shape.batch // (shards * job.micro))
         self.working = expect_threads(job.threads, shards if self.shards.pool is not None else 1)
 
     def step(self) -> None:
-        total, scored = self.shards.add(self.optimizer.model, self.loss, self.data, self.rows, (0,))
+        total, scored = self.shards.add(
+            self.optimizer.model, self.loss, self.data, self.rows, (0,), self.pieces
+        )
         self.optimizer.step(divide_by=scored)
         self.losses.append(float(total) / scored)
 
@@ -82,7 +86,7 @@ class OurStep(Contender):
 
 
 class OurOptimizer(Contender):
-    """AdamW alone, on gradients that are drawn once; one thread, whatever the job says."""
+    """AdamW alone, on gradients that are drawn once."""
 
     def build(self) -> None:
         self.optimizer = AdamW(
@@ -93,7 +97,8 @@ class OurOptimizer(Contender):
         self.first = {path: view.copy() for path, view in flat.cut(flat.data).items()}
         self.resources = ExitStack()
         self.resources.enter_context(rules_of(self.job))
-        self.working = expect_threads(1, 1)
+        self.resources.enter_context(threads(self.job.threads))
+        self.working = expect_threads(self.job.threads, self.job.threads)
 
     def before(self) -> None:
         for path, view in self.optimizer.flat.cut(self.optimizer.flat.grad).items():
@@ -137,13 +142,14 @@ def all_weights(job: Job) -> np.ndarray:
 
 
 class OurQuantize(Contender):
-    """NF4 with blocks of 64, of all weights at once; one thread, whatever the job says."""
+    """NF4 with blocks of 64, of all weights at once."""
 
     def build(self) -> None:
         self.weights, self.code = all_weights(self.job), code("nf4")
         self.resources = ExitStack()
         self.resources.enter_context(rules_of(self.job))
-        self.working = expect_threads(1, 1)
+        self.resources.enter_context(threads(self.job.threads))
+        self.working = expect_threads(self.job.threads, self.job.threads)
 
     def step(self) -> None:
         self.made = quantize_array(self.weights, self.code, 64)

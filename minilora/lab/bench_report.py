@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from .bench import WEIGHED
 from .figures import BLUE, COLORS, GREEN, MARKS, ORANGE, PURPLE, RED, SKY, YELLOW, canvas, save
 from .report import size, table
 
@@ -22,7 +23,7 @@ NAMES = {
 def bench_report(record: dict[str, Any]) -> str:
     """One table: a line a case and contender; a ratio only behind the gate."""
     suite = record["config"]["suite"]
-    memory = suite in ("memory", "scaling")
+    memory = suite in WEIGHED
     header = ["case", "against", "threads", "ms", "ours / theirs", "range", "losses differ by"]
     if memory:
         header += ["peak", "ours / theirs"]

@@ -91,6 +91,7 @@ class Job:
     threads: int = 1
     rank: int = 8
     lr: float = LR
+    micro: int | None = None  # sequences of a micro-batch in a shard; None: all at once
     new_tokens: int = 32  # generation: prompts of T - new_tokens tokens
 
     def __post_init__(self) -> None:
@@ -99,8 +100,8 @@ class Job:
                 raise MiniloraError(
                     f"bench: expected {name} in {known}, found {getattr(self, name)!r}"
                 )
-        for name in ("threads", "rank"):
-            if getattr(self, name) < 1:
+        for name in ("threads", "rank", "micro"):
+            if (getattr(self, name) or 1) < 1:
                 raise MiniloraError(f"bench: expected {name} >= 1, found {getattr(self, name)}")
 
 

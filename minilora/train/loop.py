@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-
 from ..engine.backend import xp_of
 from ..engine.errors import CheckpointError, MiniloraError, NumericsError
 from ..engine.progress import progress
@@ -108,11 +106,10 @@ def fit(
         for step in range(result.steps, steps):
             lr = base_lr * schedule(step)
             optimizer.set_lr(lr)
-            scored = 0
-            for micro, rows in enumerate(np.array_split(order.rows(step), accumulate)):
-                value, n = workers.add(model, loss, train, rows, (seed, step, micro))
-                tally.total, scored = tally.total + value, scored + n
-                losses.append((step + 1, value))
+            rows = order.rows(step)
+            value, scored = workers.add(model, loss, train, rows, (seed, step), accumulate)
+            tally.total = tally.total + value
+            losses.append((step + 1, value))
             optimizer.step(divide_by=max(1, scored), clip=clip)
             tally.items += scored
             result.steps = step + 1

@@ -26,7 +26,7 @@ class Shards:
     """Adds the gradient of a batch into a flat buffer, shard by shard.
 
     How many shards there are is configuration: each has its own Generator (seed, step,
-    shard), its own gradient, and its place in the sum, so that no result depends on
+    shard, micro-batch), its own gradient, and its place in the sum, so that no result depends on
     threads or timing.  Threads run only on a host with `threadpoolctl`, which holds BLAS
     at one thread meanwhile; without it the shards take turns.  Use as a context manager.
     """
@@ -56,17 +56,31 @@ class Shards:
         self.resources.close()
 
     def add(
-        self, model: Any, loss: Loss, data: Data, rows: np.ndarray, key: tuple[int, ...]
+        self,
+        model: Any,
+        loss: Loss,
+        data: Data,
+        rows: np.ndarray,
+        key: tuple[int, ...],
+        pieces: int = 1,
     ) -> tuple[Any, int]:
-        """Add the gradient over `rows` to the flat buffer; (Σ loss, scored items)."""
+        """Add the gradient over `rows` to the flat buffer; (Σ loss, scored items).
+
+        Each shard goes through its rows in `pieces` micro-batches, one graph after the other:
+        the same sum, a part of the activations, and no waiting for the other shards between.
+        """
         cuts = [part for part in np.array_split(rows, len(self.buffers)) if len(part)]
 
         def run(shard: int) -> tuple[Any, int]:
-            batch, scored = data.take(cuts[shard], self.device)
+            total, scored = 0.0, 0
+            micro = [part for part in np.array_split(cuts[shard], pieces) if len(part)]
             with working(None):  # the threads are at work already, on shards
-                value = loss(model, batch, np.random.default_rng([*key, shard]))
-                value.backward(into=self.gradients[shard])
-            return value.data, scored
+                for i, part in enumerate(micro):
+                    batch, n = data.take(part, self.device)
+                    value = loss(model, batch, np.random.default_rng([*key, shard, i]))
+                    value.backward(into=self.gradients[shard])
+                    total, scored = total + value.data, scored + n
+            return total, scored
 
         if self.pool is None:
             results = [run(shard) for shard in range(len(cuts))]
