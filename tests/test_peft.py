@@ -1,5 +1,7 @@
 """Adapters on disk: to the bit what was saved, or refused with the reason (rows 15-32)."""
 
+import errno
+import itertools
 import json
 import os
 import random
@@ -14,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from real_files import FAMILIES, adapted_of, logits, misshapen, model_of, only_our_errors
+from test_atomic import Killed, Watched, failing_at, killed_at, without_exchange
 
 import minilora
 from minilora.engine.errors import (
@@ -22,11 +25,12 @@ from minilora.engine.errors import (
     CheckpointError,
     MissingAdapterError,
 )
-from minilora.files import gguf, safetensors
+from minilora.files import atomic, gguf, safetensors
 from minilora.files.export import export_gguf, export_mlx
 from minilora.files.names import gguf_name, hf_name, to_halves
 from minilora.files.peft import WEIGHTS, load_adapter, save_adapter
 from minilora.files.peft_config import CONFIG, read_adapter_config
+from minilora.lora.adapters import take
 from minilora.lora.lora import merge
 from minilora.model.module import freeze, parameters, rebuild, tensors, unfreeze, walk
 from minilora.quant.linear import quantize
@@ -393,7 +397,58 @@ def test_misshapen_configs_raise_only_our_errors(folder, count):
     assert 0 < only_our_errors(damaged(), lambda _: read_adapter_config(folder), 1_000) < count
 
 
-# ------------------------------------------------------------------ kills
+# ------------------------------------------------------------------ kills and full disks
+
+
+def saved_over(place, monkeypatch, before, swaps):
+    """Save one adapter over another on a disk that does what `before` says; error and disk."""
+    old, new = (
+        adapted_of(BASE, seed=s, rank=r, alpha=r, targets=["query"]) for s, r in ((1, 3), (2, 4))
+    )
+    save_adapter(place, old)
+    disk = Watched(before if swaps else without_exchange(before))
+    raised = None
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "disk", disk)
+        try:
+            save_adapter(place, new, extra={"README.md": b"card"})
+        except (CheckpointError, Killed) as error:
+            raised = error
+    if place.exists():
+        found = take(load_adapter(place, BASE))["blocks.0.attention.query"]
+        wanted = (old, new)[len(found.A.data) - 3].blocks[0].attention.query
+        assert np.array_equal(found.A.data, wanted.A.data)
+        assert np.array_equal(found.B.data, wanted.B.data)
+        assert found.alpha == wanted.alpha
+    else:  # the gap between two renames, which the next save closes
+        assert not swaps
+    save_adapter(place, old, extra={"README.md": b"card"})
+    assert os.listdir(place.parent) == [place.name]
+    return raised, disk
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+@pytest.mark.parametrize("partial", [True, False])
+def test_a_kill_at_every_call_of_a_save(tmp_path, monkeypatch, partial, swaps):
+    for k in itertools.count():
+        (tmp_path / str(k)).mkdir()
+        raised, _ = saved_over(tmp_path / f"{k}/a", monkeypatch, killed_at(k, partial), swaps)
+        if raised is None:
+            break
+    assert k > 10
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_fault_at_every_call_of_a_save(tmp_path, monkeypatch, code):
+    for k in itertools.count():
+        (tmp_path / str(k)).mkdir()
+        raised, disk = saved_over(tmp_path / f"{k}/a", monkeypatch, failing_at(k, code), True)
+        assert raised is None or str(tmp_path) in str(raised)
+        if k >= len(disk.log):
+            break
+    assert raised is None
+    assert k > 10
+
 
 LOOP = """
 import itertools, sys
