@@ -26,6 +26,7 @@ from minilora.files.huggingface import (
 )
 from minilora.files.names import gguf_name, hf_name, rotated_heads, to_halves, to_neighbors
 from minilora.files.pretrained import open_model
+from minilora.lora.lora import merge
 from minilora.model.module import tensors
 from minilora.model.transformer import TransformerConfig
 from minilora.quant.linear import quantize
@@ -86,6 +87,17 @@ def test_only_a_plain_model_is_written(tmp_path):
     odd = TransformerConfig(vocab=9, width=8, layers=1, heads=2, norm="layer")
     with pytest.raises(FormatError, match="the form of GPT-2"):
         hf_name("embedding", odd)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama tied"])
+def test_a_head_that_a_merge_has_parted_from_its_table(tmp_path, name):
+    adapted = adapted_of(model_of(name), targets=["embedding"])
+    save_huggingface(tmp_path / "model", merge(adapted))
+    back = read_huggingface(tmp_path / "model")
+    assert not back.config.tied
+    assert np.array_equal(logits(back), logits(merge(adapted)))
+    save_huggingface(tmp_path / "retied", merge(adapted, retie=True))
+    assert read_huggingface(tmp_path / "retied").config.tied
 
 
 def changed(folder, **changes):

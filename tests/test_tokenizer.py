@@ -416,9 +416,12 @@ def test_ids_are_those_of_the_tokenizers_package_on_every_character(split):
     package = pytest.importorskip("tokenizers")
     ours = MADE[split]
     theirs = package.Tokenizer.from_str(tokenizer_json(ours).decode())
+    passed_over = 0
     for text in [*unicode_texts(), *GOLDEN["texts"], TEXT]:
         if split == "qwen2":  # whose normal form depends on the Unicode version of the library
             text = unicodedata.normalize("NFC", text)
             if theirs.normalizer.normalize_str(text) != text:
+                passed_over += 1
                 continue
         assert ours.encode(text) == theirs.encode(text).ids
+    assert passed_over <= 3
