@@ -632,4 +632,10 @@ def test_the_gguf_package_reads_an_adapter(tmp_path):
     reader = package.GGUFReader(tmp_path / "adapter.gguf")
     assert reader.get_field("general.type").contents() == "adapter"
     assert reader.get_field("adapter.type").contents() == "lora"
-    assert len(reader.tensors) == 2 * 2 * 7
+    assert reader.get_field("adapter.lora.alpha").contents() == 5.0
+    ours = gguf.read(tmp_path / "adapter.gguf")
+    theirs = {t.name: t.data.reshape(t.shape[::-1]) for t in reader.tensors}
+    assert theirs.keys() == set(ours)
+    assert len(theirs) == 2 * 2 * 7
+    for name, array in theirs.items():
+        assert np.array_equal(array, ours[name]), name
