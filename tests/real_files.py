@@ -1,6 +1,7 @@
 """Small models, tokenizers and adapters for the tests of files: every family, nothing special."""
 
 import copy
+import json
 import random
 import time
 import tracemalloc
@@ -126,7 +127,7 @@ def places(value: Any, path: tuple = ()) -> Iterable[tuple]:
 
 def misshapen(rng: random.Random, value: dict) -> dict:
     """A JSON object with one or two values of another kind, gone, or where none is due."""
-    value = copy.deepcopy(value)
+    value = json.loads(json.dumps(value))  # a copy, faster than copy.deepcopy
     for _ in range(rng.choice([1, 1, 2])):
         found = list(places(value))
         if not found:

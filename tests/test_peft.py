@@ -389,7 +389,7 @@ def test_damaged_adapters_raise_only_our_errors(tmp_path, count):
     assert 0 < accepted < count
 
 
-@pytest.mark.parametrize("count", [500, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [500, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_misshapen_configs_raise_only_our_errors(folder, count):
     whole, rng = json.loads((folder / CONFIG).read_text()), random.Random(count)
     whole |= {

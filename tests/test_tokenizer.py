@@ -305,7 +305,7 @@ def test_damaged_tokenizers_raise_only_our_errors(tmp_path, count):
     assert 0 < accepted < count
 
 
-@COUNTS
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_misshapen_tokenizers_raise_only_our_errors(tmp_path, count):
     """Valid JSON with values of other kinds, in both files, used once where it is taken."""
     content = json.loads(tokenizer_json(train_tokenizer("ab ab ab", 258)))
