@@ -1,12 +1,19 @@
 """Small models, tokenizers and adapters for the tests of files: every family, nothing special."""
 
+import copy
+import json
 import random
+import time
+import tracemalloc
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
 from minilora import adapt
 from minilora.engine.attention import RopeScaling
 from minilora.engine.backend import to_device
+from minilora.engine.errors import MiniloraError
 from minilora.engine.tensor import Parameter, Tensor
 from minilora.files.chat import CHATML
 from minilora.files.tokenizer import Tokenizer, train_tokenizer
@@ -101,3 +108,64 @@ def mutated(rng: random.Random, content: bytes, end: int) -> bytes:
         elif kind == 6:
             content[at : at + 4] = rng.choice([0, 1, 7, 8, 9, 99]).to_bytes(4, "little")
     return bytes(content)
+
+
+ODD = [
+    None, True, False, 0, -1, 1, 2, 1 << 40, 10**400, 0.5, 1e308, "", "a", "0", [], [1], ["a"],
+    [None], [[1]], [{}], {}, {"a": 1}, {"id": 0}, {"type": "Sequence"},
+]  # fmt: skip
+
+
+def places(value: Any, path: tuple = ()) -> Iterable[tuple]:
+    """The paths of all that is inside a JSON value; of a long list, of its beginning."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value[:6])
+    for key, item in inner:
+        yield (*path, key)
+        if isinstance(item, dict | list):
+            yield from places(item, (*path, key))
+
+
+def misshapen(rng: random.Random, value: dict) -> dict:
+    """A JSON object with one or two values of another kind, gone, or where none is due."""
+    value = json.loads(json.dumps(value))  # a copy, faster than copy.deepcopy
+    for _ in range(rng.choice([1, 1, 2])):
+        found = list(places(value))
+        if not found:
+            break
+        *way, last = rng.choice(found)
+        inner = value
+        for key in way:
+            inner = inner[key]
+        kind = rng.randrange(3)
+        if kind == 0 and isinstance(inner, dict):
+            del inner[last]
+        elif kind == 1 and isinstance(inner, dict):
+            inner[rng.choice(["a", "type", "id", "special"])] = copy.deepcopy(rng.choice(ODD))
+        else:
+            inner[last] = copy.deepcopy(rng.choice(ODD))
+    return value
+
+
+def only_our_errors(cases: Iterable[Any], read: Callable[[Any], Any], size: int) -> int:
+    """`read` each case; how many it takes.
+
+    The rest must raise MiniloraError.  None may take a second, nor memory beyond 64 MiB and
+    four times `size`, which is what a case has in bytes.
+    """
+    accepted, slowest = 0, 0.0
+    tracemalloc.start()
+    try:
+        for case in cases:
+            began = time.process_time()
+            try:
+                read(case)
+                accepted += 1
+            except MiniloraError:
+                pass
+            slowest = max(slowest, time.process_time() - began)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert slowest < 1
+    assert peak < (64 << 20) + 4 * size
+    return accepted

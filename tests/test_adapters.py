@@ -1,5 +1,6 @@
 """Many adapters on one base: named, swapped, mixed, added up, and taken out of a full fine-tune."""
 
+import sys
 import threading
 
 import numpy as np
@@ -11,9 +12,9 @@ from real_files import adapted_of, model_of
 from minilora.engine.errors import AdapterError, NumericsError
 from minilora.engine.tensor import Tensor
 from minilora.lora.adapters import Adapters, Factors, combine, extract, mix, put, take
-from minilora.lora.lora import merge
+from minilora.lora.lora import is_adapter, merge
 from minilora.model.generate import generate
-from minilora.model.module import freeze, rebuild, tensors, to_device
+from minilora.model.module import freeze, rebuild, tensors, to_device, walk
 from minilora.quant.linear import quantize
 
 IDS = np.random.default_rng(3).integers(0, 320, (5, 9))
@@ -169,24 +170,57 @@ def test_a_forward_never_mixes_two_adapters(base, three, dev, forwards):
     ids = IDS[:1, :4]
     known = {name: out(held.activate(name), dev, ids).tobytes() for name in three}
     known[None] = out(held.disable(), dev, ids).tobytes()
-    done, swaps = threading.Event(), [0]
 
     def swap():
-        while not done.is_set():
-            for name in three:
-                held.activate(name)
-                swaps[0] += 1
-            held.disable()
+        for name in three:
+            held.activate(name)
+            merge(held.model)
+        held.disable()
 
-    swapper = threading.Thread(target=swap)
-    swapper.start()
+    seen, swaps = beside(swap, lambda: out(held.model, dev, ids).tobytes(), forwards)
+    assert seen <= set(known.values())
+    assert len(seen) > 1
+    assert swaps > 10
+
+
+def beside(other, forward, times):
+    """What `forward` gives while another thread repeats `other`; and how often that was."""
+    done, turns, before = threading.Event(), [0], sys.getswitchinterval()
+
+    def loop():
+        while not done.is_set():
+            other()
+            turns[0] += 1
+
+    thread = threading.Thread(target=loop)
+    sys.setswitchinterval(1e-5)
+    thread.start()
     try:
-        seen = {out(held.model, dev, ids).tobytes() for _ in range(forwards)}
+        return {forward() for _ in range(times)}, turns[0]
     finally:
         done.set()
-        swapper.join()
-    assert seen <= set(known.values())
-    assert swaps[0] > 10
+        thread.join()
+        sys.setswitchinterval(before)
+
+
+def test_the_threads_would_mix_what_is_changed_in_place(base, three, dev, device):
+    """The same race on a tree that is changed in place, as no tree here is: it is noticed."""
+    if device != "cpu":
+        pytest.skip("shows the harness, once")
+    trees = [put(base, take(adapted_of(base, seed=s))) for s in (1, 2)]
+    ids = IDS[:1, :4]
+    known = {out(tree, dev, ids).tobytes() for tree in trees}
+    nodes = [[node for _, node in walk(tree) if is_adapter(node)] for tree in trees]
+    factors = [[(n.A, n.B) for n in part] for part in nodes]
+
+    def swap():
+        for new in factors[::-1]:
+            for node, (A, B) in zip(nodes[0], new, strict=True):
+                object.__setattr__(node, "A", A)
+                object.__setattr__(node, "B", B)
+
+    seen, _ = beside(swap, lambda: out(trees[0], dev, ids).tobytes(), 300)
+    assert seen - known
 
 
 # ------------------------------------------------------------------ sums

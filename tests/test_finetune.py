@@ -14,6 +14,7 @@ from minilora.files.huggingface import read_huggingface, save_huggingface
 from minilora.files.peft import load_adapter, save_adapter
 from minilora.lab import finetune as lab
 from minilora.lab.inspect_adapter import effective_rank, inspect_adapter
+from minilora.lab.report import size
 from minilora.lora.lora import merge
 from minilora.model.generate import each_token, generate
 from minilora.quant.linear import quantize
@@ -89,6 +90,10 @@ def test_a_fine_tune_leaves_an_adapter_with_its_papers(tmp_path, capsys, place, 
     assert "base_model: model" in card
     assert f"{losses['adapted']:.4f}" in card
     assert f"{losses['base']:.3f}" in told
+    assert " tokens/s" in told
+    assert "peak memory of the process" in told
+    assert f"beside a base of {size(record['base_bytes'])}" in told
+    assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
     base = read_huggingface(place / "model")
     if method == "qlora":
         assert (

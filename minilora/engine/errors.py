@@ -28,6 +28,10 @@ class BaseMismatchWarning(UserWarning):
     """An adapter was trained on another base than the one it is put on."""
 
 
+class RankWarning(UserWarning):
+    """An adapter has a higher rank than its weight can have."""
+
+
 class QuantError(MiniloraError):
     """An array cannot be quantized, or packed codes and scales disagree."""
 

@@ -221,6 +221,18 @@ def _clear_leftovers(path: Path) -> None:
         _remove(leftover)
 
 
+def clear_stale(directory: Path, form: re.Pattern) -> None:
+    """Remove what killed saves of files named as `form` left in a directory.
+
+    A save clears leftovers of its own name only; for names that are never written again.
+    """
+    for name in os.listdir(directory):
+        match = re.fullmatch(r"\.(.+)\.tmp-(\d{1,9})-\d+", name)
+        stale = match and form.fullmatch(match[1])
+        if stale and not _being_written(directory / name, int(match[2])):
+            _remove(directory / name)
+
+
 def _being_written(temp: Path, pid: int) -> bool:
     if pid == os.getpid():  # perhaps only the same number: process 1 of a restarted container
         return temp in _in_progress

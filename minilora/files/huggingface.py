@@ -7,6 +7,7 @@ scaling of Llama 3.  A setting that changes what is computed and is not done her
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -244,10 +245,13 @@ def save_huggingface(
 ) -> None:
     """Write a plain model as a directory that `transformers` loads, whole or not at all.
 
+    A head that a merge has parted from its table (`merge`) is written as an untied one.
     Errors: `FormatError` for a tree with adapters or codes (merge or dequantize it first), or
     a shape that no family has; `CheckpointError` if it cannot be written.
     """
     config = model.config
+    if config.tied and "head.weight" in tensors(model):
+        config = replace(config, tied=False)
     kind = family(config)
     plain: dict[str, tuple[int, ...]] = {}
 

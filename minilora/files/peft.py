@@ -33,7 +33,7 @@ from ..engine.errors import (
     MissingAdapterError,
 )
 from ..engine.tensor import Parameter, Tensor
-from ..lora.lora import LoRAEmbedding, LoRALinear, is_adaptable, is_adapter
+from ..lora.lora import LoRAEmbedding, LoRALinear, is_adaptable, is_adapter, warn_of_rank
 from ..model.layers import Embedding
 from ..model.module import freeze, parameters, rebuild, walk
 from ..model.transformer import Transformer
@@ -177,7 +177,8 @@ def load_adapter(
     Errors: `MissingAdapterError`; `AdapterError` for all that would make the adapter compute
     something else than where it was saved: a setting not done here, tensors missing, left over,
     of another shape or not finite, a digest that differs.  A base with another fingerprint is
-    a `BaseMismatchWarning`, or with `strict_base` an error.
+    a `BaseMismatchWarning`, or with `strict_base` an error; a rank above what a weight can have
+    is a `RankWarning`.
     """
     directory = Path(directory)
     if any(is_adapter(node) for _, node in walk(model)):
@@ -220,7 +221,9 @@ def load_adapter(
         wrap, *rest = new[path]
         return wrap(node, *rest)
 
-    return rebuild(freeze(model), put)
+    tree = rebuild(freeze(model), put)
+    warn_of_rank(tree)
+    return tree
 
 
 def read_weights(

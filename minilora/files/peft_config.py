@@ -83,7 +83,8 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
 
 
 def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    # an int of hundreds of digits is finite, but no float: compared, not converted
+    return type(value) in (int, float) and -math.inf < value < math.inf
 
 
 def is_alpha(value: Any) -> bool:

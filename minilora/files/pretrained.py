@@ -97,7 +97,7 @@ def read_gguf_model(path: str | os.PathLike, name: str | None = None) -> Pretrai
 def config_of(stored: gguf.Gguf, where: str) -> TransformerConfig:
     """The shape that the metadata describes."""
     architecture = stored.metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
+    if type(architecture) is not str or architecture not in ARCHITECTURES:
         raise FormatError(
             f"{where}: general.architecture: expected {' or '.join(ARCHITECTURES)}, "
             f"found {short(architecture)}"
@@ -116,7 +116,7 @@ def config_of(stored: gguf.Gguf, where: str) -> TransformerConfig:
         ("rope.scaling.type", "none"), ("attention.key_length", head), ("expert_count", 0),
     ):  # fmt: skip
         value = stored.metadata.get(f"{architecture}.{key}")
-        if value not in (None, plain):
+        if value is not None and (type(value) is not type(plain) or value != plain):
             raise FormatError(f"{where}: {architecture}.{key}: {short(value)} is not done here")
     if "rope_freqs.weight" in stored:
         raise FormatError(f"{where}: rope_freqs.weight (rotary scaling) is not done here")

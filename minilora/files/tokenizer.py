@@ -129,7 +129,7 @@ class Tokenizer:
         if token in self.control and not control:
             return b""
         text = self.tokens[token]
-        if text in self.special:
+        if text in self.special or not BYTE.keys() >= set(text):
             return text.encode()
         return bytes(map(BYTE.__getitem__, text))
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..engine.errors import FormatError
 from .bpe import Pair
 from .split import LLAMA3, QWEN2
@@ -50,16 +52,22 @@ def read_tokenizer(directory: str | os.PathLike) -> Tokenizer:
             raise FormatError(f"{path}: {name} is not done here")
     ids = dict(expect(path, model, "vocab", dict))
     added = content.get("added_tokens") or []
+    if type(added) is not list:
+        raise FormatError(f"{path}: added_tokens: expected list, found {short(added)}")
     special: dict[str, int] = {}
     control = set()
     for token in added:
-        if type(token) is not dict or type(token.get("content")) is not str:
+        if type(inside_of(token, "content")) is not str or not token["content"]:
             raise FormatError(
                 f"{path}: added_tokens: expected content and id, found {short(token)}"
             )
         if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
             raise FormatError(f"{path}: added token {short(token)}: stripping is not done here")
         text, i = token["content"], token.get("id")
+        if type(i) is not int:
+            raise FormatError(
+                f"{path}: added token {short(text)}: expected an id, found {short(i)}"
+            )
         if ids.setdefault(text, i) != i:
             raise FormatError(f"{path}: added token {short(text)}: two ids, {ids[text]} and {i}")
         special[text] = i
@@ -70,7 +78,7 @@ def read_tokenizer(directory: str | os.PathLike) -> Tokenizer:
     normalizer = content.get("normalizer")
     if normalizer not in (None, {"type": "NFC"}):
         raise FormatError(f"{path}: normalizer: expected none or NFC, found {short(normalizer)}")
-    template, stops = chat_settings(Path(directory), special)
+    template, stops = chat_settings(Path(directory), special, len(tokens))
     return Tokenizer(
         tokens, merges, split_of(path, content.get("pre_tokenizer")), special, frozenset(control),
         start=start_of(path, content.get("post_processor"), ids), stop=stops,
@@ -97,10 +105,13 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], where: str) -> Tokenizer:
             f"found {short(model)}, {short(split)}"
         )
     tokens, merges = get("tokens", list), get("merges", list)
-    kinds = metadata.get("tokenizer.ggml.token_type")
-    kinds = [NORMAL] * len(tokens or []) if kinds is None else [int(kind) for kind in kinds]
-    if not tokens or merges is None or len(kinds) != len(tokens):
+    kinds = get("token_type", np.ndarray)
+    if kinds is None:
+        kinds = np.full(len(tokens or []), NORMAL)
+    fits = tokens and kinds.shape == (len(tokens),) and kinds.dtype.kind in "iu"
+    if not fits or merges is None:
         raise FormatError(f"{where}: expected tokens, their types and merges of a tokenizer")
+    kinds = kinds.tolist()
     if get("add_space_prefix", bool, False):
         raise FormatError(f"{where}: tokenizer.ggml.add_space_prefix is not done here")
     special = {t: i for i, t in enumerate(tokens) if kinds[i] in (CONTROL, USER_DEFINED)}
@@ -108,13 +119,16 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     for i in (bos, eos):
         if i is not None and not 0 <= i < len(tokens):
             raise FormatError(f"{where}: expected ids below {len(tokens)}, found {i}")
+    template = metadata.get("tokenizer.chat_template")
+    if type(template) not in (str, type(None)):
+        raise FormatError(f"{where}: chat_template: expected text, found {short(template)}")
     return Tokenizer(
         tokens, [pair_of(where, merge) for merge in merges], GGUF_SPLITS[split], special,
         frozenset(i for i, kind in enumerate(kinds) if kind == CONTROL),
         start=(bos,) if bos is not None and get("add_bos_token", bool, False) else (),
         stop=() if eos is None else (eos,),
         nfc=split == "qwen2", whole_words=split == "llama-bpe",
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=template,
     )  # fmt: skip
 
 
@@ -172,21 +186,23 @@ def start_of(where: Any, found: Any, ids: Mapping[str, int]) -> tuple[int, ...]:
         if kind in (None, "ByteLevel"):
             continue
         single = step.get("single") if kind == "TemplateProcessing" else None
-        names = [
-            part.get("SpecialToken", {}).get("id") if type(part) is dict else None
-            for part in (single or [None])[:-1]
-        ]
-        last = single[-1] if single else None
-        if type(last) is not dict or "Sequence" not in last or not set(names) <= ids.keys():
+        *before, last = single if type(single) is list and single else [None]
+        names = [inside_of(inside_of(part, "SpecialToken"), "id") for part in before]
+        known = all(type(name) is str and name in ids for name in names)
+        if inside_of(last, "Sequence") is None or not known:
             raise FormatError(f"{where}: post_processor: {short(step)} is not done here")
         start = tuple(ids[name] for name in names)
     return start
 
 
+def inside_of(value: Any, name: str) -> Any:
+    return value.get(name) if type(value) is dict else None
+
+
 def chat_settings(
-    directory: Path, special: Mapping[str, int]
+    directory: Path, special: Mapping[str, int], count: int
 ) -> tuple[str | None, tuple[int, ...]]:
-    """The chat template and the end tokens, from the files that may hold them."""
+    """The chat template and the end tokens (ids below `count`), from the files that hold them."""
     template, stops = None, set()
     path = directory / "tokenizer_config.json"
     if path.exists():
@@ -194,7 +210,7 @@ def chat_settings(
         template = content.get("chat_template")
         end = content.get("eos_token")
         end = end.get("content") if type(end) is dict else end
-        if end in special:
+        if type(end) is str and end in special:
             stops.add(special[end])
     if (jinja := directory / "chat_template.jinja").exists():
         template = map_file(jinja).tobytes().decode(errors="replace")
@@ -204,6 +220,8 @@ def chat_settings(
             stops |= {i for i in (ends if type(ends) is list else [ends]) if type(i) is int}
     if template is not None and type(template) is not str:
         raise FormatError(f"{directory}: chat_template: expected text, found {short(template)}")
+    if odd := [i for i in stops if not 0 <= i < count]:
+        raise FormatError(f"{directory}: eos_token_id: expected ids below {count}, found {odd[0]}")
     return template, tuple(sorted(stops))
 
 

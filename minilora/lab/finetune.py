@@ -14,7 +14,7 @@ from ..files.atomic import expect_former_save
 from ..files.peft import WEIGHTS, save_adapter
 from ..files.peft_config import CONFIG
 from ..files.tokenizer import Tokenizer
-from ..lora.lora import adapt
+from ..lora.lora import adapt, warn_of_rank
 from ..model.generate import generate
 from ..model.module import count, freeze
 from ..optim.adamw import AdamW
@@ -116,6 +116,7 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> dict[str, Any]:
         base, config.targets, rank=config.rank, alpha=config.alpha, dropout=config.dropout,
         rank_stabilized=config.rank_stabilized, rng=np.random.default_rng([config.seed, 17]),
     )  # fmt: skip
+    warn_of_rank(adapted)
     loaded, _ = memory("VmHWM"), Peak()  # which begins to watch anew
     started = time.monotonic()
     run, steps = train(adapted, corpus, config, resume)

@@ -1,6 +1,7 @@
 """W0 stays, BA moves: a frozen weight and a trainable detour of rank r around it."""
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from ..engine.backend import to_device, xp_of
 from ..engine.check import expect_finite
-from ..engine.errors import AdapterError
+from ..engine.errors import AdapterError, RankWarning
 from ..engine.fused import dropout, embedding, linear, lora_linear
 from ..engine.tensor import Parameter, Tensor, transpose
 from ..model.layers import Embedding, Linear, LinearLike, Rng, is_linear
@@ -142,6 +143,21 @@ def is_adapter(node: Any) -> bool:
 
 def is_adaptable(node: Any) -> bool:
     return is_linear(node) or isinstance(node, Embedding)
+
+
+def warn_of_rank(adapted: Any) -> None:
+    """A RankWarning for adapters of a rank that no ΔW (d_out, d_in) can have.
+
+    Nothing about them is wrong; they hold numbers to no purpose, and often a typing error.
+    """
+    odd = [
+        f"{path}: {node.rank} > min{(node.B.shape[0], node.A.shape[1])}"
+        for path, node in walk(adapted)
+        if is_adapter(node) and node.rank > min(node.B.shape[0], node.A.shape[1])
+    ]
+    if odd:
+        warnings.warn(f"rank above what ΔW can have in {len(odd)} modules, the first "
+                      f"{odd[0]}", RankWarning, stacklevel=3)  # fmt: skip
 
 
 def by_pattern(

@@ -109,9 +109,11 @@ class Attention:
         self, x: Tensor, rng: Rng | None, positions: Any = None, cache: LayerCache | None = None
     ) -> Tensor:
         N, T, _ = x.shape  # (N, T, C)
-        q = self.query(x, rng).reshape(N, T, self.heads, -1)  # (N, T, H, D)
-        k = self.key(x, rng).reshape(N, T, self.key_heads, -1)  # (N, T, K, D)
-        v = self.value(x, rng).reshape(N, T, self.key_heads, -1)
+        q = self.query(x, rng)
+        D = q.shape[-1] // self.heads  # not -1, which a batch of no rows would leave open
+        q = q.reshape(N, T, self.heads, D)  # (N, T, H, D)
+        k = self.key(x, rng).reshape(N, T, self.key_heads, D)  # (N, T, K, D)
+        v = self.value(x, rng).reshape(N, T, self.key_heads, D)
         return self.output(attend(self, q, k, v, positions, cache), rng)
 
 
@@ -150,7 +152,8 @@ def attend(
     if cache is not None:
         k, v = cache.extend(k, v, positions)
     out = attention(q, k, v, positions=None if cache is None else positions)
-    return out.reshape(*out.shape[:2], -1)
+    N, T, H, D = out.shape
+    return out.reshape(N, T, H * D)
 
 
 @module

@@ -21,6 +21,7 @@ import numpy as np
 from ..engine.backend import to_device, to_numpy, xp_of
 from ..engine.errors import CheckpointError, MiniloraError
 from ..files import safetensors
+from ..files.atomic import clear_stale
 from .data import Data
 
 KEEP = 2
@@ -63,6 +64,7 @@ class Checkpoints:
         except OSError as error:
             raise CheckpointError(f"{self.directory}: cannot be made ({error})") from error
         safetensors.write(path, state.arrays, notes)
+        clear_stale(self.directory, FORM)  # of steps at which this run saves no more
         for old in self.paths()[:-KEEP]:
             old.unlink(missing_ok=True)
         return path
@@ -96,9 +98,12 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Remove the checkpoints, and the directory if nothing else is in it."""
+        if not self.directory.is_dir():
+            return
+        clear_stale(self.directory, FORM)
         for path in self.paths():
             path.unlink(missing_ok=True)
-        if self.directory.is_dir() and not any(self.directory.iterdir()):
+        if not any(self.directory.iterdir()):
             self.directory.rmdir()
 
 
