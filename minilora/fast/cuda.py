@@ -26,22 +26,28 @@ def pointer(array: Any) -> Any:
 
 
 class Kernels:
-    """Kernels of one file, by name: `Kernels("norms.cu", "norm_forward<float, true>", ...)`.
+    """Kernels of one file, by name: `Kernels("norms.cu", "norm_forward<float, true>", ...)`;
+    "a.cu b.cu" reads two files as one.
 
     `on(xp)` gives `launch(name, grid, block, *arguments, shared=0)`, or None where the installed
     CuPy cannot compile (the stand-in of the tests).  The kernel's own signature says which NumPy
     type each scalar gets, for CuPy would pass a Python int as int64 and a float as float64;
     None is a null pointer.  A launch neither waits nor copies nor takes memory.
+
+    `exact` forbids fused multiply-adds, so that the bits are those of the specification;
+    `shared` is the most dynamic shared memory asked for, in bytes, where that is above 48 KiB.
     """
 
-    def __init__(self, file: str, *names: str):
-        self.file, self.names = file, names
+    def __init__(self, file: str, *names: str, exact: bool = False, shared: int = 0):
+        self.file, self.names, self.shared = file, names, shared
+        self.options = ("-std=c++17", "--fmad=false") if exact else ("-std=c++17",)
         self.compiled: dict[type, dict[str, Callable]] = {}  # by the class that compiled them
         self.kinds = {name: argument_kinds(self.source(), name) for name in names}
 
     def source(self) -> str:
-        """The text that is compiled: `common.cu` and the file."""
-        return "".join((FOLDER / file).read_text() for file in ("common.cu", self.file))
+        """The text that is compiled: `common.cu` and the files."""
+        files = ("common.cu", *self.file.split())
+        return "".join((FOLDER / file).read_text() for file in files)
 
     def on(self, xp: ModuleType) -> Callable | None:
         compiler = getattr(xp, "RawModule", None)
@@ -50,9 +56,12 @@ class Kernels:
         functions = self.compiled.get(compiler)
         if functions is None:
             module = compiler(
-                code=self.source(), options=("-std=c++17",), name_expressions=self.names
+                code=self.source(), options=self.options, name_expressions=self.names
             )
             functions = {name: module.get_function(name) for name in self.names}
+            if self.shared:
+                for function in functions.values():
+                    function.max_dynamic_shared_size_bytes = self.shared
             self.compiled[compiler] = functions
 
         def launch(name: str, grid: Any, block: int, *arguments: Any, shared: int = 0) -> None:

@@ -2,7 +2,7 @@
 code is held to the kernels' signatures.
 
 Refused: a wrong number of arguments, a host array or a number where a pointer is due and the
-reverse, an array that is not C-contiguous or of another dtype, a scalar of another NumPy dtype
+reverse, an array of another dtype, or one that is not C-contiguous save where the kernel says Strided, a scalar of another NumPy dtype
 (by CuPy's rule a Python int is int64, a float float64), blocks above 1024 threads, empty grids.
 Each array is copied into a buffer of its own for the launch, at its offset modulo 512 from the
 allocation it belongs to, with 0xFF on both sides: a read beyond it finds NaN, a write is seen.
@@ -134,11 +134,14 @@ class Function:
         kind = value.dtype.kind + str(value.itemsize)
         if kind != parameter[1:] and not (parameter[1] == "V" and kind[1:] == parameter[2:]):
             raise TypeError(f"{place}: expected an array of {parameter[1:]}, found {value.dtype}")
+        if parameter[0] == "S":  # read, never written: each argument has its own copy
+            buffers[place] = Buffer(value, strided=True)
+            return np.array([buffers[place].address], np.uint64)
         if not value.flags.c_contiguous:
             raise TypeError(f"{place}: not C-contiguous")
         key = (value._a.ctypes.data, value.nbytes)
         if key not in buffers:
-            for start, size in buffers:
+            for start, size in (at for at, buffer in buffers.items() if not buffer.strided):
                 if start < key[0] + key[1] and key[0] < start + size:
                     raise TypeError(f"{place}: overlaps another argument in part")
             buffers[key] = Buffer(value)
@@ -146,27 +149,40 @@ class Function:
 
 
 class Buffer:
-    """A copy of an array between margins of 0xFF, aligned as the array would be on a card."""
+    """A copy of an array between margins of 0xFF, aligned as the array would be on a card.
 
-    def __init__(self, array):
-        self.array = array._a
+    A strided one is read only, and what lies between its entries is 0xFF too.
+    """
+
+    def __init__(self, array, strided=False):
+        self.array, self.strided = array._a, strided
         owner = array._a if array.base is None else array.base._a
         offset = (self.array.ctypes.data - owner.ctypes.data) % 512  # allocations stand on 512
-        size = self.array.nbytes
+        steps = zip(self.array.shape, self.array.strides, strict=True)
+        size = self.array.itemsize + sum((n - 1) * step for n, step in steps)
+        size = size if self.array.size else 0
         self.raw = np.full(size + 2 * MARGIN + 1024, 0xFF, np.uint8)
         start = MARGIN - (self.raw.ctypes.data + MARGIN) % 512 + offset
         start += 512 if start < MARGIN else 0
         self.inside = self.raw[start : start + size]
-        self.inside[...] = np.frombuffer(self.array.tobytes(), np.uint8)
+        if size:
+            self.seen()[...] = self.array
+        self.first = self.inside.copy() if strided else None
         self.before, self.after = self.raw[:start], self.raw[start + size :]
         self.address = self.inside.ctypes.data if size else 0
 
+    def seen(self):
+        """The array as the kernel sees it."""
+        a = self.array
+        return np.ndarray(a.shape, a.dtype, self.inside, strides=a.strides)
+
     def give_back(self, name):
+        if self.strided and (self.inside != self.first).any():
+            raise RuntimeError(f"{name}: a write to an array that is only read")
         if (self.before != 0xFF).any() or (self.after != 0xFF).any():
             raise RuntimeError(f"{name}: a write outside an array of {self.array.shape}")
-        new = self.inside.view(self.array.dtype).reshape(self.array.shape)
-        if new.tobytes() != self.array.tobytes():
-            self.array[...] = new
+        if self.array.size and self.seen().tobytes() != self.array.tobytes():
+            self.array[...] = self.seen()
 
 
 def planted(*edits):

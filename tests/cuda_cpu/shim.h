@@ -269,14 +269,24 @@ template <typename T> constexpr char letter() {
     return std::is_floating_point_v<T> ? 'f' : std::is_same_v<T, bool> ? 'b'
            : !std::is_integral_v<T> ? 'V' : std::is_signed_v<T> ? 'i' : 'u';
 }
-// Three characters a parameter: P or space, the kind of NumPy dtype, the digit of its size.
+// A struct whose member `at` is a pointer stands for an array that need not be contiguous.
+template <typename T, typename = void> struct Pointer {
+    using type = T;
+    static constexpr char mark = std::is_pointer_v<T> ? 'P' : ' ';
+};
+template <typename T> struct Pointer<T, std::void_t<decltype(T::at)>> {
+    using type = decltype(T::at);
+    static constexpr char mark = 'S';
+};
+// Three characters a parameter: P, S or space, the kind of NumPy dtype, the digit of its size.
 template <typename... A> const char* signature(void (*)(A...)) {
     static char text[3 * sizeof...(A) + 1];
     char* p = text;
     auto one = [&](auto* parameter) {
-        using T = std::remove_pointer_t<decltype(parameter)>;
+        using P = Pointer<std::remove_pointer_t<decltype(parameter)>>;
+        using T = typename P::type;
         using V = std::remove_cv_t<std::remove_pointer_t<T>>;
-        *p++ = std::is_pointer_v<T> ? 'P' : ' ';
+        *p++ = P::mark;
         *p++ = letter<V>();
         *p++ = '0' + (int)sizeof(V);
     };

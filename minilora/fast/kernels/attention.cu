@@ -12,8 +12,6 @@
 constexpr int THREADS = 128, TILE = 64, WEIGHT_LD = TILE + 16;
 constexpr float LOG2_E = 1.4426950408889634f;
 
-__device__ inline float infinite() { return __int_as_float(0x7f800000); }
-
 // WIDTH: the head width D rounded up to 32, 64, 96 or 128; channels D.. are zeros.
 template <int WIDTH> struct Layout {
     static constexpr int LD = WIDTH + 4, COLUMNS = WIDTH / 16, VECTOR = WIDTH % 64 ? 2 : 4;
@@ -25,9 +23,6 @@ template <int WIDTH> struct Layout {
 
 // rows, time and heads of an array (N, T, H, D) whose last axis is contiguous, in floats
 struct Strides { long long n, t, h; };
-
-// A kernel's parameter for an array that need not be contiguous: a pointer, as the launch sees it.
-template <typename P> struct Strided { P at; };
 
 __device__ inline bool in_fours(const float* at, long long stride, int D) {
     return on16(at) && stride % 4 == 0 && D % 4 == 0;
@@ -96,10 +91,10 @@ __device__ void scores(float (&s)[R][4], const float* a, const float* b, int y, 
             const float4 query = *(const float4*)(a + (y + 8 * i) * LD + d);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                s[i][j] = fmaf(query.x, key[j].x, s[i][j]);
-                s[i][j] = fmaf(query.y, key[j].y, s[i][j]);
-                s[i][j] = fmaf(query.z, key[j].z, s[i][j]);
-                s[i][j] = fmaf(query.w, key[j].w, s[i][j]);
+                s[i][j] += query.x * key[j].x;
+                s[i][j] += query.y * key[j].y;
+                s[i][j] += query.z * key[j].z;
+                s[i][j] += query.w * key[j].w;
             }
         }
     }
@@ -137,10 +132,10 @@ __device__ void add_weighted(float (&sum)[R][WIDTH / 16], const float* weights, 
             const float4 w = *(const float4*)(weights + (y + 8 * i) * WEIGHT_LD + j);
 #pragma unroll
             for (int c = 0; c < L::COLUMNS; c++) {
-                sum[i][c] = fmaf(w.x, row[0][c], sum[i][c]);
-                sum[i][c] = fmaf(w.y, row[1][c], sum[i][c]);
-                sum[i][c] = fmaf(w.z, row[2][c], sum[i][c]);
-                sum[i][c] = fmaf(w.w, row[3][c], sum[i][c]);
+                sum[i][c] += w.x * row[0][c];
+                sum[i][c] += w.y * row[1][c];
+                sum[i][c] += w.z * row[2][c];
+                sum[i][c] += w.w * row[3][c];
             }
         }
     }

@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(THREADS)
     const long long t = row / H % T, n = row / H / T;
     const float* at = g.at + n * gn + t * gt + h * gh;
     float sum = 0;
-    for (int d = lane; d < D; d += 32) sum = fmaf(at[d], o[row * D + d], sum);
+    for (int d = lane; d < D; d += 32) sum += at[d] * o[row * D + d];
     sum = warp_sum(sum);
     if (lane == 0) delta[(n * H + h) * T + t] = sum;
 }
@@ -115,14 +115,14 @@ __device__ void add_transposed(float (&sum)[8][WIDTH / 16], const float* weights
         read_columns<WIDTH>(row, rows + i * L::LD, x);
 #pragma unroll
         for (int c = 0; c < L::COLUMNS; c++) {
-            sum[0][c] = fmaf(a.x, row[c], sum[0][c]);
-            sum[1][c] = fmaf(a.y, row[c], sum[1][c]);
-            sum[2][c] = fmaf(a.z, row[c], sum[2][c]);
-            sum[3][c] = fmaf(a.w, row[c], sum[3][c]);
-            sum[4][c] = fmaf(b.x, row[c], sum[4][c]);
-            sum[5][c] = fmaf(b.y, row[c], sum[5][c]);
-            sum[6][c] = fmaf(b.z, row[c], sum[6][c]);
-            sum[7][c] = fmaf(b.w, row[c], sum[7][c]);
+            sum[0][c] += a.x * row[c];
+            sum[1][c] += a.y * row[c];
+            sum[2][c] += a.z * row[c];
+            sum[3][c] += a.w * row[c];
+            sum[4][c] += b.x * row[c];
+            sum[5][c] += b.y * row[c];
+            sum[6][c] += b.z * row[c];
+            sum[7][c] += b.w * row[c];
         }
     }
 }

@@ -10,6 +10,9 @@
 constexpr int LANES = 32;
 constexpr unsigned ALL = 0xFFFFFFFFu;
 
+// A parameter for an array that is read and need not be contiguous; a launch passes a pointer.
+template <typename P> struct Strided { P at; };
+
 template <int N> struct Width { static constexpr int n = N; };
 template <int N> struct Floats { float v[N]; };
 
@@ -24,6 +27,8 @@ __device__ inline void store(float* p, Floats<1> a) { *p = a.v[0]; }
 __device__ inline void store(float* p, Floats<4> a) {
     *(float4*)p = make_float4(a.v[0], a.v[1], a.v[2], a.v[3]);
 }
+
+__device__ inline float infinite() { return __int_as_float(0x7F800000); }
 
 // f(first entry, Width) over the C entries of a row, by all threads of a block.
 template <typename F> __device__ inline void by_row(int C, bool wide, F f) {

@@ -8,11 +8,6 @@
 constexpr int THREADS = 128, CHUNK = 128, AT_ONCE = 4;
 constexpr float LOG2_E = 1.4426950408889634f;
 
-__device__ inline float infinite() { return __int_as_float(0x7f800000); }
-
-// An array that need not be contiguous: a pointer, as the launch sees it.
-template <typename P> struct Strided { P at; };
-
 // The keys that query t of row n sees are 0..end-1.
 __device__ inline int seen_keys(const long long* positions, long long query, int S) {
     const long long p = positions[query];
@@ -66,7 +61,7 @@ __global__ void __launch_bounds__(THREADS)
         }
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
-            s[i] = fmaf(x.x, a[i].x, fmaf(x.y, a[i].y, fmaf(x.z, a[i].z, x.w * a[i].w)));
+            s[i] = x.x * a[i].x + x.y * a[i].y + x.z * a[i].z + x.w * a[i].w;
 #pragma unroll
             for (int other = LANES_PER_KEY / 2; other; other /= 2)
                 s[i] += __shfl_xor_sync(ALL, s[i], other);
@@ -82,8 +77,8 @@ __global__ void __launch_bounds__(THREADS)
         for (int i = 0; i < AT_ONCE; i++) {
             const float p = exp2f(s[i] - base);
             total += p;
-            sum.x = fmaf(p, b[i].x, sum.x), sum.y = fmaf(p, b[i].y, sum.y);
-            sum.z = fmaf(p, b[i].z, sum.z), sum.w = fmaf(p, b[i].w, sum.w);
+            sum.x += p * b[i].x, sum.y += p * b[i].y;
+            sum.z += p * b[i].z, sum.w += p * b[i].w;
         }
     }
     *(float4*)&sums[group][d] = sum;
