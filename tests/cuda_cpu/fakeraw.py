@@ -54,9 +54,14 @@ class RawModule:
         return Function(self, name)
 
 
+refused: dict = {}  # what g++ said; Hypothesis would ask again and again
+
+
 def built(text, flags=()):
     """The shared library of this text, from a folder of this user's among the temporary files."""
     shim = (HERE / "shim.h").read_text()
+    if text in refused:
+        raise SyntaxError(refused[text])
     key = hashlib.sha1(f"{shim}{text}{FLAGS}{flags}".encode()).hexdigest()
     folder = Path(tempfile.gettempdir()) / f"minilora-kernels-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -70,6 +75,7 @@ def built(text, flags=()):
             command = [compiler, *FLAGS, *flags, "-o", str(made), str(source)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
+                refused[text] = done.stderr
                 raise SyntaxError(done.stderr)
             made.replace(library)  # whole or not at all: another worker may be at it too
     return library

@@ -36,12 +36,12 @@ __device__ void weights_and_slopes(float (&p)[R][4], float (&ds)[R][4], const fl
 #pragma unroll
     for (int i = 0; i < R; i++) {
         const int t = first_query + y + 8 * i;
+        const int last = t < T ? t - first_key - x : -1;  // the last 16 j that this query sees
         const float mine = t < T ? lse[t] : 0, slope = t < T ? delta[t] : 0;
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            const bool seen = t < T && first_key + x + 16 * j <= t;
-            p[i][j] = seen ? exp2f(p[i][j] - mine) : 0;
-            ds[i][j] = seen ? p[i][j] * (ds[i][j] - slope) : 0;
+            p[i][j] = 16 * j <= last ? exp2f(p[i][j] - mine) : 0;
+            ds[i][j] = 16 * j <= last ? p[i][j] * (ds[i][j] - slope) : 0;
         }
     }
 }
