@@ -9,7 +9,7 @@ from cuda_cpu.checks import agrees, installed, kernels, launches, on_device  # n
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.engine import fused
+from minilora.engine import attention, fused
 from minilora.engine.backend import to_numpy
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -74,6 +74,62 @@ def test_what_the_kernels_do_not_take_the_specification_answers():
         y, names = launches(lambda a=arrays: fused.rms_norm(*map(on_device, a), eps=1e-5))
         assert y.shape == arrays[0].shape
         assert names == []
+
+
+# --------------------------------------------------------- activations and rotation
+
+
+@few
+@given(st.sampled_from([(1,), (7,), (3, 5), (2, 130, 17), (1030,)]), st.integers(0, 99))
+def test_gelu(shape, seed):
+    x = 3 * np.random.default_rng(seed).standard_normal(shape)
+    agrees(fused.gelu, [x], expect={"gelu_forward", "gelu_backward"}, scale=1e-2)
+
+
+def test_gelu_and_swiglu_far_out():
+    x = np.array([-1e4, -100.0, -30.0, 0.0, 30.0, 100.0, 1e4])
+    agrees(fused.gelu, [x], scale=1.0)
+    agrees(fused.swiglu, [x, x + 1], scale=1.0)
+
+
+@few
+@given(
+    st.sampled_from([(1,), (7,), (3, 5), (2, 130, 17)]),
+    st.sampled_from([(), (0,), (1,)]),
+    st.integers(0, 99),
+)
+def test_swiglu(shape, frozen, seed):
+    arrays = np.random.default_rng(seed).standard_normal((2, *shape))
+    expect = {"swiglu_forward", "swiglu_backward"}
+    agrees(fused.swiglu, arrays, expect=expect, frozen=frozen, scale=1e-2)
+
+
+@few
+@given(
+    st.integers(1, 3), st.integers(1, 40), st.integers(1, 3), st.sampled_from([2, 6, 64]),
+    st.booleans(), st.booleans(), st.integers(0, 99),
+)  # fmt: skip
+def test_rope(N, T, H, D, scaled, placed, seed):
+    rng = np.random.default_rng(seed)
+    options = {"theta": 1000.0}
+    if scaled:
+        options["scaling"] = attention.RopeScaling(8.0, 1.0, 4.0, 64)
+    if placed:
+        options["positions"] = rng.integers(0, 5000, (N, T))
+    agrees(attention.rope, [rng.standard_normal((N, T, H, D))], options, expect={"rope"})
+
+
+def test_rope_of_packed_heads():
+    """What split_heads gives is a view into wider rows, and is not copied."""
+    x = np.random.default_rng(0).standard_normal((2, 5, 32)).astype(np.float32)
+
+    def turned(x):
+        _, k, _ = attention.split_heads(x, heads=(2, 1, 1), width=8)
+        return attention.rope(k, theta=100.0).data
+
+    y, names = launches(lambda: turned(on_device(x)))
+    np.testing.assert_allclose(to_numpy(y), turned(x), rtol=1e-5, atol=1e-6)
+    assert names == ["rope"]
 
 
 # -------------------------------------------------------------------- planted mistakes
