@@ -16,6 +16,7 @@ from .fast import cuda_attention as _cuda_attention  # noqa: F401
 from .fast import cuda_norms as _cuda_norms  # noqa: F401  (and these, for cards)
 from .fast import cuda_optim as _cuda_optim  # noqa: F401
 from .fast import cuda_pointwise as _cuda_pointwise  # noqa: F401
+from .fast import cuda_quant as _cuda_quant  # noqa: F401
 from .lora.lora import LoRALinear, adapt, merge, trainable_share
 from .model.generate import generate
 from .model.module import (
