@@ -345,6 +345,7 @@ inline int __float_as_int(float x) { int y; memcpy(&y, &x, 4); return y; }
 inline float __int_as_float(int x) { float y; memcpy(&y, &x, 4); return y; }
 inline unsigned __float_as_uint(float x) { return (unsigned)__float_as_int(x); }
 inline float __uint_as_float(unsigned x) { return __int_as_float((int)x); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline long long min(long long a, long long b) { return a < b ? a : b; }
