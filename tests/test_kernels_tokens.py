@@ -5,7 +5,14 @@ import sys
 import numpy as np
 import pytest
 from cuda_cpu import fakeraw
-from cuda_cpu.checks import agrees, installed, kernels, launches, on_device  # noqa: F401
+from cuda_cpu.checks import (  # noqa: F401
+    agrees,
+    installed,
+    kernels,
+    launches,
+    on_device,
+    on_the_cpu,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -127,6 +134,13 @@ def test_logits_are_held_once_and_one_chunk_at_a_time(request):
     assert cupy.stats.h2d == 0
 
 
+def tables_and_losses():
+    rng = np.random.default_rng(0)
+    agrees(fused.embedding, [rng.standard_normal((40, 70))], {"ids": rng.integers(0, 40, 600)})
+    targets = rng.integers(0, 2000, 20)
+    agrees(loss.cross_entropy, [rng.standard_normal((20, 2000))], {"targets": targets})
+
+
 PLANTED = {
     "lists": ("__syncthreads();  // the lists", "// the lists"),
     "place": ("((1u << lane) - 1)", "((2u << lane) - 1)"),
@@ -135,12 +149,6 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("edit", PLANTED.values(), ids=PLANTED)
-def test_a_planted_mistake_is_caught(edit, request):
-    if request.config.getoption("device") != "standin":
-        pytest.skip("planted mistakes are for the CPU")
-    rng = np.random.default_rng(0)
-    ids = rng.integers(0, 40, 600)
+def test_a_planted_mistake_is_caught(edit, on_the_cpu):
     with installed(fakeraw.planted(edit)), pytest.raises((AssertionError, RuntimeError)):
-        agrees(fused.embedding, [rng.standard_normal((40, 70))], {"ids": ids})
-        agrees(loss.cross_entropy, [rng.standard_normal((20, 2000))],
-               {"targets": rng.integers(0, 2000, 20)})  # fmt: skip
+        tables_and_losses()

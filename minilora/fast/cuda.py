@@ -55,9 +55,7 @@ class Kernels:
             return None
         functions = self.compiled.get(compiler)
         if functions is None:
-            module = compiler(
-                code=self.source(), options=self.options, name_expressions=self.names
-            )
+            module = compiler(code=self.source(), options=self.options, name_expressions=self.names)
             functions = {name: module.get_function(name) for name in self.names}
             if self.shared:
                 for function in functions.values():

@@ -2,10 +2,11 @@
 code is held to the kernels' signatures.
 
 Refused: a wrong number of arguments, a host array or a number where a pointer is due and the
-reverse, an array of another dtype, or one that is not C-contiguous save where the kernel says Strided, a scalar of another NumPy dtype
-(by CuPy's rule a Python int is int64, a float float64), blocks above 1024 threads, empty grids.
-Each array is copied into a buffer of its own for the launch, at its offset modulo 512 from the
-allocation it belongs to, with 0xFF on both sides: a read beyond it finds NaN, a write is seen.
+reverse, an array of another dtype, one that is not C-contiguous (save where the kernel says
+Strided), a scalar of another NumPy dtype (by CuPy's rule a Python int is int64, a float float64),
+blocks above 1024 threads, empty grids.  Each array is copied into a buffer of its own for the
+launch, at its offset modulo 512 from the allocation it belongs to, with 0xFF on both sides: a
+read beyond it finds NaN, a write is seen.
 """
 
 import ctypes
@@ -16,14 +17,21 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import standin
 
 HERE = Path(__file__).parent
 MARGIN = 1024  # bytes on each side of an array
-FLAGS = "-O1 -g -std=c++17 -fno-strict-aliasing -ffp-contract=off -fPIC -shared".split()
+FLAGS = ["-O1", "-g", "-std=c++17", "-fno-strict-aliasing", "-ffp-contract=off", "-fPIC", "-shared"]
 LIMITS = ((1 << 31) - 1, 65535, 65535)
+WRAPPER = """
+extern "C" const char* launch_{i}(void** a, const unsigned* shape, size_t shared, uint64_t seed) {{
+    return shim::launch([](void** b) {{ shim::call(&{name}, b); }}, a, shape, shared, seed);
+}}
+extern "C" const char* signature_{i}() {{ return shim::signature(&{name}); }}
+"""
 compiler = shutil.which("g++")
 
 
@@ -34,19 +42,15 @@ class RawModule:
     seed = 0  # of the scheduler
     edits: tuple = ()  # (old, new): planted mistakes
     flags: tuple = ()  # further ones for g++
-    launched: list = []  # names, in order
+    launched: ClassVar[list[str]] = []  # names, in order
 
     def __init__(self, *, code, options=(), name_expressions=None):
         assert "-std=c++17" in options
         for old, new in self.edits:
             code = code.replace(old, new)
-        wrappers = "".join(
-            f'\nextern "C" const char* launch_{i}(void** a, const unsigned* s, size_t m, uint64_t r)'
-            f" {{ return shim::launch([](void** b) {{ shim::call(&{name}, b); }}, a, s, m, r); }}"
-            f'\nextern "C" const char* signature_{i}() {{ return shim::signature(&{name}); }}\n'
-            for i, name in enumerate(name_expressions)
-        )
-        text = f'#define CUDA_CPU\n#include "{HERE / "shim.h"}"\n#line 1 "kernel.cu"\n{code}{wrappers}'
+        wrappers = "".join(WRAPPER.format(i=i, name=n) for i, n in enumerate(name_expressions))
+        head = f'#define CUDA_CPU\n#include "{HERE / "shim.h"}"\n#line 1 "kernel.cu"\n'
+        text = head + code + wrappers
         self.library = ctypes.CDLL(str(built(text, self.flags)))
         self.names = {name: i for i, name in enumerate(name_expressions)}
 
@@ -96,7 +100,7 @@ class Function:
 
     def __call__(self, grid, block, args, *, shared_mem=0):
         shape = (*grid, *(1,) * (3 - len(grid)), *block, *(1,) * (3 - len(block)))
-        if not all(type(n) is int and 1 <= n for n in shape) or len(shape) != 6:
+        if not all(type(n) is int and n >= 1 for n in shape) or len(shape) != 6:
             raise ValueError(f"{self.name}: grid {grid} and block {block}")
         if any(n > limit for n, limit in zip(shape, LIMITS, strict=False)):
             raise ValueError(f"{self.name}: grid {grid} is too large")
@@ -128,9 +132,8 @@ class Function:
         if parameter[0] == " ":
             if isinstance(value, (int, float)) and not isinstance(value, np.generic):
                 value = np.int64(value) if isinstance(value, int) else np.float64(value)
-            if not isinstance(value, np.generic) or (value.dtype.kind + str(value.itemsize)) != (
-                parameter[1:]
-            ):
+            kind = value.dtype.kind + str(value.itemsize) if isinstance(value, np.generic) else ""
+            if kind != parameter[1:]:
                 raise TypeError(f"{place}: expected {parameter[1:]}, found {value!r:.60}")
             return np.array([value])
         if isinstance(value, np.uint64) and value == 0:
