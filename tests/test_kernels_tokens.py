@@ -143,12 +143,13 @@ def tables_and_losses():
 
 PLANTED = {
     "lists": ("__syncthreads();  // the lists", "// the lists"),
-    "place": ("((1u << lane) - 1)", "((2u << lane) - 1)"),
+    "tokens": ("(long long)listed[k] * C", "(long long)(start + k) * C"),
     "logits": ("__syncthreads();  // and z_target", "// and z_target"),
 }
 
 
+@pytest.mark.usefixtures("on_the_cpu")
 @pytest.mark.parametrize("edit", PLANTED.values(), ids=PLANTED)
-def test_a_planted_mistake_is_caught(edit, on_the_cpu):
+def test_a_planted_mistake_is_caught(edit):
     with installed(fakeraw.planted(edit)), pytest.raises((AssertionError, RuntimeError)):
         tables_and_losses()
