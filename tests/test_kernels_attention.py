@@ -6,15 +6,8 @@ import numpy as np
 import pytest
 import standin
 from cuda_cpu import fakeraw
-from cuda_cpu.checks import (  # noqa: F401
-    agrees,
-    apart,
-    installed,
-    kernels,
-    launches,
-    on_device,
-    sanitized,
-)
+from cuda_cpu.checks import agrees, apart, installed, launches, on_device, sanitized
+from cuda_cpu.checks import kernels as kernels
 
 from minilora.engine.attention import attention, split_heads
 from minilora.engine.backend import to_numpy
@@ -26,6 +19,21 @@ from minilora.fast import cuda_attention
 pytestmark = pytest.mark.usefixtures("kernels")
 BACK = {"attention_delta", "attention_backward_q", "attention_backward_kv"}
 FLASH = BACK | {"attention_forward"}
+
+
+def on_a_card() -> bool:
+    """There, no one notes which kernels run, and nothing is counted."""
+    return not sys.modules["cupy"].__version__.endswith("standin")
+
+
+def ran(names, *expected):
+    assert on_a_card() or names == list(expected)
+
+
+@pytest.fixture
+def on_the_cpu():
+    if on_a_card():
+        pytest.skip("for the stand-in")
 
 
 def drawn(N, T, H, K, D, S=None, seed=0):
@@ -63,7 +71,7 @@ def test_large_scores_do_not_overflow():
 
 @pytest.mark.parametrize("width", [16, 5])
 def test_packed_heads_are_read_where_they_lie(width):
-    """One launch, and three arrays taken on the way out: the output, lse, and nothing copied."""
+    """On the way out two arrays are taken, the output and lse: nothing is copied."""
     heads = (4, 2, 2)
     x = drawn(2, 70, 8, 1, width)[0].reshape(2, 70, -1)
 
@@ -72,9 +80,9 @@ def test_packed_heads_are_read_where_they_lie(width):
 
     agrees(layer, [x], expect=FLASH, tolerance=2e-6)
     parts = split_heads(on_device(x), heads=heads, width=width)
-    before = standin.reset().allocations
+    standin.reset()
     launches(lambda: attention(*parts))
-    assert standin.stats.allocations - before == 2
+    assert on_a_card() or standin.stats.allocations == 2
 
 
 def test_axes_in_another_order_are_copied():
@@ -90,7 +98,7 @@ def test_a_cotangent_of_one_number_repeated():
     found, names = launches(lambda: attention(q, k, v).sum().backward())
     with reference_rules():
         wanted = attention(q, k, v).sum().backward()
-    assert set(names) == FLASH
+    ran(sorted(names), *sorted(FLASH))
     for p in (q, k, v):
         assert apart(to_numpy(found[p]), to_numpy(wanted[p]), scale=1.0) < 1e-5
 
@@ -104,7 +112,7 @@ def test_only_what_is_wanted_is_computed_and_the_same():
         given = [on_device(a) for a in arrays]
         given[i] = Parameter(given[i])
         found, names = launches(lambda given=given: attention(*given).backward(w))
-        assert names == ["attention_forward", "attention_delta", f"attention_backward_{kernel}"]
+        ran(names, "attention_forward", "attention_delta", f"attention_backward_{kernel}")
         assert to_numpy(found[given[i]]).tobytes() == to_numpy(whole[everything[i]]).tobytes()
 
 
@@ -116,7 +124,7 @@ def test_what_is_kept_is_what_the_specification_keeps():
         assert fast == kept() == 4 * 70 * 4 * (8 + 1)  # the output and lse
 
 
-def test_a_step_waits_for_nothing_and_copies_nothing():
+def test_a_step_waits_for_nothing_and_copies_nothing(on_the_cpu):
     q, k, v = (Parameter(on_device(a)) for a in drawn(1, 70, 4, 2, 8))
     w = on_device(drawn(1, 70, 4, 2, 8)[0])
     standin.reset()
@@ -160,98 +168,10 @@ def test_a_nan_reaches_all_that_use_it(D, i, bad):
     with reference_rules(), np.errstate(all="ignore"):
         wanted = run(lambda a: a.astype(np.float64), tile=1)
     found, names = launches(lambda: run(on_device))
-    assert set(names) == FLASH
+    ran(sorted(names), *sorted(FLASH))
     lost = [np.isnan(b) & ~np.isnan(a) for a, b in zip(found, wanted, strict=True)]
     assert any(np.isnan(b).any() for b in wanted)
     assert not any(part.any() for part in lost)
-
-
-# --------------------------------------------------------------------------- with a cache
-
-
-def cached(arrays, positions):
-    """The value of both, and the kernels: on the device twice, and in float64."""
-    with reference_rules(), np.errstate(all="ignore"):
-        wide = [a.astype(np.float64) for a in arrays]
-        wanted = attention(*wide, positions=positions).data
-    given, at = list(map(on_device, arrays)), on_device(positions)
-    values = []
-    for seed in (1, 2):
-        value, names = launches(lambda: attention(*given, positions=at), seed)
-        values.append(to_numpy(value.data))
-    assert values[0].tobytes() == values[1].tobytes()
-    return values[0], wanted, names
-
-
-def assert_right(arrays, positions):
-    found, wanted, names = cached(arrays, positions)
-    assert apart(found, wanted) < 2e-6
-    return names
-
-
-@pytest.mark.parametrize(
-    "T, D, S",
-    [(1, 5, 300), (1, 8, 128), (1, 32, 129), (3, 64, 200), (1, 80, 300), (2, 128, 257), (8, 8, 20),
-     (9, 8, 150), (70, 64, 40), (20, 128, 65)],
-)  # fmt: skip
-def test_new_tokens_over_a_cache(T, D, S):
-    arrays = drawn(2, T, 4, 2, D, S)
-    positions = np.random.default_rng(1).integers(0, S, (2, T))
-    positions[0, 0], positions[1, 0] = 0, S - 1
-    names = assert_right(arrays, positions)
-    few = ["attention_decode", "attention_combine"]
-    assert names == (few if T <= cuda_attention.FEW else ["attention_cached"])
-
-
-@pytest.mark.parametrize("T", [2, 20])
-def test_positions_that_are_out_of_range(T):
-    """Beyond the cache every key is seen; before it none, which is 0 / 0."""
-    arrays = drawn(2, T, 2, 1, 8, 150)
-    positions = np.full((2, T), 149)
-    positions[0, 1], positions[1, 0] = 1000, -1
-    found, wanted, _ = cached(arrays, positions)
-    assert np.isnan(found[1, 0]).all()
-    np.testing.assert_array_equal(np.isnan(found), np.isnan(wanted))
-    assert apart(np.nan_to_num(found), np.nan_to_num(wanted)) < 2e-6
-
-
-def test_what_stands_beyond_a_position_is_not_read_when_decoding():
-    arrays = drawn(2, 1, 4, 2, 16, 300)
-    positions = np.array([[130], [7]])
-    clean, _, _ = cached(arrays, positions)
-    for n, (p,) in enumerate(positions):
-        for a in arrays[1:]:
-            a[n, p + 1 :] = np.nan
-    found, _, _ = cached(arrays, positions)
-    assert found.tobytes() == clean.tobytes()
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("i", range(3))
-@pytest.mark.parametrize("T", [2, 20])
-def test_a_nan_in_a_cache_reaches_those_who_see_it(T, i, bad):
-    arrays = drawn(1, T, 2, 1, 8, 200)
-    positions = np.arange(150, 150 + T)[None]
-    arrays[i][0, 0 if i == 0 else 140, 0, 3] = bad
-    found, wanted, _ = cached(arrays, positions)
-    assert np.isnan(wanted).any() or bad != np.nan
-    np.testing.assert_array_equal(np.isnan(found), np.isnan(wanted))
-
-
-def test_a_cache_is_read_through_views():
-    """Queries from a packed product; half of a longer cache."""
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((2, 1, 64)).astype(np.float32)
-    _, k, v = drawn(2, 1, 4, 2, 8, 400)
-    q, _, _ = split_heads(on_device(x), heads=(4, 2, 2), width=8)
-    keys, values = (on_device(a)[:, 100:300] for a in (k, v))
-    at = np.array([[199], [20]])
-    value, names = launches(lambda: attention(q, keys, values, positions=on_device(at)))
-    assert names == ["attention_decode", "attention_combine"]
-    with reference_rules():
-        wide = [a.astype(np.float64) for a in (x[..., :32].reshape(2, 1, 4, 8), k, v)]
-        wanted = attention(wide[0], *(a[:, 100:300] for a in wide[1:]), positions=at).data
-    assert apart(to_numpy(value.data), wanted) < 2e-6
 
 
 # ----------------------------------------------------------------------------- what is declined
@@ -273,7 +193,7 @@ def test_what_the_kernels_do_not_take_the_specification_answers():
     for arrays, options in cases:
         value, names = launches(lambda a=arrays, o=options: attention(*a, **o))
         assert value.shape == arrays[0].shape
-        assert names == []
+        ran(names)
 
 
 def test_a_card_with_too_little_shared_memory(monkeypatch, on_the_cpu):
@@ -301,37 +221,28 @@ def test_a_card_with_too_little_shared_memory(monkeypatch, on_the_cpu):
 
 # -------------------------------------------------------------------------- planted mistakes
 
+
+def without_barrier(text):
+    return text, text.replace("__syncthreads();", "")
+
+
 PLANTED = {
-    "keys overwritten while they are read": (
-        "        scores<WIDTH, R>(s, queries, rows, y, x);\n        __syncthreads();",
-        "        scores<WIDTH, R>(s, queries, rows, y, x);",
-    ),
-    "values added before they have come": (
-        "        __syncthreads();\n        add_weighted<WIDTH, R>(sum, weights, rows, y, x);",
-        "        add_weighted<WIDTH, R>(sum, weights, rows, y, x);",
-    ),
-    "a tile overwritten on the way back": (
-        "            __syncthreads();\n            write_weights<R>(weights, ds, y, x);",
-        "            write_weights<R>(weights, ds, y, x);",
-    ),
-    "a barrier too few for the queries": (
-        "        __syncthreads();  // the keys and weights of the tile before are read",
-        "",
-    ),
-    "the mask off by one": ("first + x + 16 * j > limit[i]", "first + x + 16 * j >= limit[i] + 2"),
+    "keys overwritten while they are read": without_barrier(
+        "rows, y, x);\n        __syncthreads();"),
+    "values added before they have come": without_barrier(
+        "__syncthreads();\n        add_weighted<WIDTH, R>(sum, weights, rows, y, x);"),
+    "a tile overwritten on the way back": without_barrier(
+        "__syncthreads();\n            write_weights<R>(weights, ds, y, x);"),
+    "no wait for the keys before": without_barrier("__syncthreads();  // the keys and weights"),
+    "the mask off by one": ("first + x + 16 * j > limit[i]", "first + x + 16 * j > limit[i] + 1"),
     "the mask off by one on the way back": ("16 * j <= last ? p[i]", "16 * j < last ? p[i]"),
     "lse without its maximum": ("= top[i] + log2f(total[i])", "= log2f(total[i])"),
     "old sums not scaled down": ("sum[i][c] *= shrink;", ";"),
-    "a lane left out of the sum": (
-        "int lane = 8; lane; lane /= 2)\n            total",
-        "int lane = 8; lane > 1; lane /= 2)\n            total",
-    ),
+    "a lane left out of the sum": ("lane; lane /= 2)\n            total",
+                                   "lane > 1; lane /= 2)\n            total"),
     "heads grouped the wrong way": ("h < (key_head + 1) * group", "h < key_head * group + 1"),
-    "the stride of another array": (
-        "first * vt + key_head * vh, vt",
-        "first * vt + key_head * vh, kt",
-    ),
-}
+    "the stride of another array": ("key_head * vh, vt, T - first", "key_head * vh, kt, T - first"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("old, new", PLANTED.values(), ids=PLANTED)
@@ -349,22 +260,6 @@ def test_a_planted_mistake_is_caught(old, new, on_the_cpu):
         agrees(layer, [x, v])
 
 
-DECODE = {
-    "a chunk not scaled down": ("total += share * part[D + 1]", "total += part[D + 1]"),
-    "a group left out": ("    __syncthreads();\n\n    float high", "\n    float high"),
-    "a key too many": ("p < S ? (int)p + 1 : S", "p < S - 1 ? (int)p + 2 : S"),
-    "a chunk too few": ("(seen + CHUNK - 1) / CHUNK", "seen / CHUNK"),
-}
-
-
-@pytest.mark.parametrize("old, new", DECODE.values(), ids=DECODE)
-def test_a_planted_mistake_in_decoding_is_caught(old, new, on_the_cpu):
-    assert cuda_attention.decoding.source().count(old) == 1
-    arrays = drawn(1, 2, 2, 1, 40, 300)
-    with installed(fakeraw.planted((old, new))), pytest.raises(AssertionError):
-        assert_right(arrays, np.array([[200, 127]]))
-
-
 SCRIPT = """
 import standin; standin.install()
 import numpy as np
@@ -372,31 +267,36 @@ from cuda_cpu import fakeraw
 from cuda_cpu.checks import installed, on_device
 from minilora.engine.attention import attention
 from minilora.engine.tensor import Parameter
+fakeraw.RawModule.flags = ("-fsanitize=address,alignment", "-fno-sanitize-recover=alignment")
 rng = np.random.default_rng(0)
 draw = lambda *shape: on_device(rng.standard_normal(shape).astype(np.float32))
-q, k, v = (Parameter(draw(1, 65, n, 9)) for n in (2, 1, 1))
-at = on_device(np.array([[3, 40]]))
-fakeraw.RawModule.flags = ("-fsanitize=address",)
-with installed(fakeraw.RawModule):
-    attention(q, k, v).backward(draw(1, 65, 2, 9))
-    attention(draw(1, 2, 2, 9), draw(1, 41, 1, 9), draw(1, 41, 1, 9), positions=at)
-    print("launched", len(fakeraw.RawModule.launched), flush=True)
-with installed(fakeraw.planted(*{edits!r})):
-    attention(q, k, v)
+odd = draw(1, 65, 4, 9)[..., 1:]  # eight wide, but for its strides and its start
+edits = {edits!r}
+with installed(fakeraw.planted(*edits)):
+    attention(odd, odd, odd)
+    if not edits:
+        q, k, v = (Parameter(draw(1, 65, n, 9)) for n in (2, 1, 1))
+        attention(q, k, v).backward(draw(1, 65, 2, 9))
+        at = on_device(np.array([[3, 40]]))
+        attention(q.data[:, :2], k.data, v.data, positions=at)
+        attention(odd[:, :2], odd, odd, positions=at)
+    print("launched", len(fakeraw.RawModule.launched))
 """
+WILD = {
+    "as they are": None,
+    "heap-buffer-overflow": ("= rows + TILE * L::LD", "= rows + TILE * L::LD + 64"),
+    "misaligned address": ("return on16(at) && stride % 4 == 0 &&", "return"),
+}
 
 
-def test_under_address_sanitizer(on_the_cpu):
-    """The kernels pass; one whose weights stand beyond the shared memory asked for does not."""
-    edit = ("weights = rows + TILE * L::LD;", "weights = rows + 2 * TILE * L::LD;")
-    assert edit[0] in cuda_attention.tiled[32].source()
-    run = sanitized(SCRIPT.format(edits=[edit]))
-    assert run.stdout == "launched 6\n", run.stderr
-    assert "heap-buffer-overflow" in run.stderr
-    assert run.returncode != 0
-
-
-@pytest.fixture
-def on_the_cpu():
-    if "cuda" in sys.argv:
-        pytest.skip("planted mistakes are for the CPU")
+@pytest.mark.parametrize("found", WILD)
+def test_under_address_sanitizer(found, on_the_cpu):
+    """The kernels read and write where they may, 16 bytes at a time only on 16 bytes."""
+    edit = WILD[found]
+    run = sanitized(SCRIPT.format(edits=[edit] if edit else []))
+    if edit is None:
+        assert run.stdout == "launched 9\n", run.stderr
+    else:
+        assert edit[0] in cuda_attention.tiled[32].source()
+        assert found in run.stderr
+        assert run.returncode != 0

@@ -31,7 +31,8 @@ __global__ void __launch_bounds__(THREADS)
                      long long qh, long long kn, long long kt, long long kh, long long vn,
                      long long vt, long long vh, int T, int S, int H, int K, int D, float scale) {
     constexpr int GROUPS = THREADS / LANES_PER_KEY, STEP = GROUPS * AT_ONCE;
-    __shared__ float sums[GROUPS][4 * LANES_PER_KEY], tops[GROUPS], totals[GROUPS];
+    __shared__ __align__(16) float sums[GROUPS][4 * LANES_PER_KEY];
+    __shared__ float tops[GROUPS], totals[GROUPS];
     const int lane = threadIdx.x % LANES_PER_KEY, group = threadIdx.x / LANES_PER_KEY;
     const int h = blockIdx.y % H, t = blockIdx.y / H, n = blockIdx.z, key_head = h / (H / K);
     const long long query = (long long)n * T + t;
