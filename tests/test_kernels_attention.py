@@ -238,8 +238,8 @@ PLANTED = {
     "the mask off by one on the way back": ("16 * j <= last ? p[i]", "16 * j < last ? p[i]"),
     "lse without its maximum": ("= top[i] + log2f(total[i])", "= log2f(total[i])"),
     "old sums not scaled down": ("sum[i][c] *= shrink;", ";"),
-    "a lane left out of the sum": ("lane; lane /= 2)\n            total",
-                                   "lane > 1; lane /= 2)\n            total"),
+    "a lane left out of the sum": ("lane > 1; lane /= 2)\n            total",
+                                   "lane > 2; lane /= 2)\n            total"),
     "heads grouped the wrong way": ("h < (key_head + 1) * group", "h < key_head * group + 1"),
     "the stride of another array": ("key_head * vh, vt, T - first", "key_head * vh, kt, T - first"),
 }  # fmt: skip

@@ -4,13 +4,17 @@
 // time.  Thread (y, x) of the 8 x 16 owns the queries y + 8 i, and of them the scores of the keys
 // x + 16 j and COLUMNS output channels.  All operands of a product stand in shared memory with
 // rows of LD floats: LD / 4 is odd, so that lanes that read 16 bytes of different rows meet
-// different banks.  A step of 4 channels costs a thread 12 reads of 16 bytes and 128 FMAs.
+// different banks.  Neighbors in a warp share x and differ in y, next neighbors share y: a card
+// can serve such lanes by one read.  Four channels cost a thread 12 reads and 128 FMAs.
 //
 // The softmax is in base 2: queries come in times log2(e) / sqrt(D), and so do the log-sum-exps.
 // The text up to the forward kernel serves `attention_backward.cu` too.
 
 constexpr int THREADS = 128, TILE = 64, WEIGHT_LD = TILE + 16;
 constexpr float LOG2_E = 1.4426950408889634f;
+
+__device__ inline int own_y() { return threadIdx.x / LANES * 2 + threadIdx.x % 2; }
+__device__ inline int own_x() { return threadIdx.x / 2 % 16; }
 
 // WIDTH: the head width D rounded up to 32, 64, 96 or 128; channels D.. are zeros.
 template <int WIDTH> struct Layout {
@@ -157,7 +161,7 @@ __device__ void forward(const float* q, const float* k, const float* v, const lo
     float* weights = rows + TILE * L::LD;
     __shared__ int last_of[8];
 
-    const int y = threadIdx.x / 16, x = threadIdx.x % 16;
+    const int y = own_y(), x = own_x();
     const int n = blockIdx.x / H, h = blockIdx.x % H, kh = h / (H / K);
     const int start = (gridDim.y - 1 - blockIdx.y) * TILE;  // the longest walks start first
     k += n * k_.n + kh * k_.h;
@@ -201,7 +205,7 @@ __device__ void forward(const float* q, const float* k, const float* v, const lo
                 high = fmaxf(high, s[i][j]);  // drops a NaN, which the exponential brings back
             }
 #pragma unroll
-            for (int lane = 8; lane; lane /= 2)
+            for (int lane = 16; lane > 1; lane /= 2)
                 high = fmaxf(high, __shfl_xor_sync(ALL, high, lane));
             const float base = high == -infinite() ? 0 : high;  // nothing seen so far: no inf - inf
             const float shrink = exp2f(top[i] - base);
@@ -223,7 +227,7 @@ __device__ void forward(const float* q, const float* k, const float* v, const lo
     for (int i = 0; i < R; i++) {
         const int t = start + y + 8 * i;
 #pragma unroll
-        for (int lane = 8; lane; lane /= 2)
+        for (int lane = 16; lane > 1; lane /= 2)
             total[i] += __shfl_xor_sync(ALL, total[i], lane);
         if (t >= T) continue;
         store_row<WIDTH>(out + (((long long)n * T + t) * H + h) * D, sum[i], x, D, 1 / total[i]);

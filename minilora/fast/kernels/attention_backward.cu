@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(THREADS, 2)
     float* values = keys + TILE * L::LD;
     float* weights = values + TILE * L::LD;
 
-    const int y = threadIdx.x / 16, x = threadIdx.x % 16;
+    const int y = own_y(), x = own_x();
     const int n = blockIdx.x / H, h = blockIdx.x % H, key_head = h / (H / K);
     const int start = (gridDim.y - 1 - blockIdx.y) * QUERIES;
     const int end = start + QUERIES < T ? start + QUERIES : T;
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(THREADS, 2)
     float* gradients = queries + QUERIES * L::LD;
     float* weights = gradients + QUERIES * L::LD;
 
-    const int y = threadIdx.x / 16, x = threadIdx.x % 16;
+    const int y = own_y(), x = own_x();
     const int n = blockIdx.x / K, key_head = blockIdx.x % K, group = H / K;
     const int first = blockIdx.y * TILE;
     load_tile<WIDTH, TILE>(keys, k.at + n * kn + first * kt + key_head * kh, kt, T - first, D, 1);
