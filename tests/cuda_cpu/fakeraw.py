@@ -23,7 +23,7 @@ import numpy as np
 import standin
 
 HERE = Path(__file__).parent
-MARGIN = 1024  # bytes on each side of an array
+MARGIN = 1024  # bytes on each side of an array; 0 where AddressSanitizer watches the sides
 FLAGS = ["-O1", "-g", "-std=c++17", "-fno-strict-aliasing", "-ffp-contract=off", "-fPIC", "-shared"]
 LIMITS = ((1 << 31) - 1, 65535, 65535)
 WRAPPER = """
@@ -49,8 +49,8 @@ class RawModule:
         for old, new in self.edits:
             code = code.replace(old, new)
         wrappers = "".join(WRAPPER.format(i=i, name=n) for i, n in enumerate(name_expressions))
-        head = f'#define CUDA_CPU\n#include "{HERE / "shim.h"}"\n#line 1 "kernel.cu"\n'
-        text = head + code + wrappers
+        head = '#define CUDA_CPU\n#include "shim.h"\nnamespace {\n#line 1 "kernel.cu"\n'
+        text = head + code + "\n}\n" + wrappers  # unnamed, or no red zones around `__shared__`
         self.library = ctypes.CDLL(str(built(text, self.flags)))
         self.names = {name: i for i, name in enumerate(name_expressions)}
 
@@ -76,7 +76,7 @@ def built(text, flags=()):
         with tempfile.TemporaryDirectory(dir=folder) as work:
             source, made = Path(work) / "kernel.cpp", Path(work) / "kernel.so"
             source.write_text(text)
-            command = [compiler, *FLAGS, *flags, "-o", str(made), str(source)]
+            command = [compiler, *FLAGS, *flags, f"-I{HERE}", "-o", str(made), str(source)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 refused[text] = done.stderr
@@ -170,9 +170,13 @@ class Buffer:
         steps = zip(self.array.shape, self.array.strides, strict=True)
         size = self.array.itemsize + sum((n - 1) * step for n, step in steps)
         size = size if self.array.size else 0
-        self.raw = np.full(size + 2 * MARGIN + 1024, 0xFF, np.uint8)
-        start = MARGIN - (self.raw.ctypes.data + MARGIN) % 512 + offset
-        start += 512 if start < MARGIN else 0
+        if MARGIN:
+            self.raw = np.full(size + 2 * MARGIN + 1024, 0xFF, np.uint8)
+            start = MARGIN - (self.raw.ctypes.data + MARGIN) % 512 + offset
+            start += 512 if start < MARGIN else 0
+        else:
+            start = offset % 16
+            self.raw = np.full(start + size, 0xFF, np.uint8)
         self.inside = self.raw[start : start + size]
         if size:
             self.seen()[...] = self.array
