@@ -209,7 +209,6 @@ WILD = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("on_the_cpu")
 def test_every_kernel_of_ours_under_address_sanitizer():
     run = sanitized(SCRIPT.format(edits=[], ours=OURS))
@@ -217,7 +216,6 @@ def test_every_kernel_of_ours_under_address_sanitizer():
     assert sorted(set(run.stdout.split())) == sorted(OURS)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("on_the_cpu")
 @pytest.mark.parametrize("found", WILD)
 def test_address_sanitizer_sees_a_planted_mistake(found):
