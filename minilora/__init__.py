@@ -14,6 +14,7 @@ from .fast import cpu_optim as _cpu_optim  # noqa: F401
 from .fast import cpu_quant as _cpu_quant  # noqa: F401
 from .fast import cuda_attention as _cuda_attention  # noqa: F401
 from .fast import cuda_embedding as _cuda_embedding  # noqa: F401
+from .fast import cuda_linear as _cuda_linear  # noqa: F401
 from .fast import cuda_loss as _cuda_loss  # noqa: F401
 from .fast import cuda_norms as _cuda_norms  # noqa: F401  (and these, for cards)
 from .fast import cuda_optim as _cuda_optim  # noqa: F401
