@@ -3,16 +3,13 @@
 What most readers need stands here by name; everything else is imported from its file.
 """
 
+from . import fast as _fast  # noqa: F401  (registers the faster rules)
 from .engine.backend import to_device as array_to_device
 from .engine.errors import MiniloraError
 from .engine.graph import together
 from .engine.recompute import recompute
 from .engine.rules import reference_rules, rule
 from .engine.tensor import Parameter, Tensor, op
-from .fast import cpu as _cpu  # noqa: F401  (these register the faster rules)
-from .fast import cpu_attention as _cpu_attention  # noqa: F401
-from .fast import cpu_optim as _cpu_optim  # noqa: F401
-from .fast import cpu_quant as _cpu_quant  # noqa: F401
 from .lora.lora import LoRALinear, adapt, merge, trainable_share
 from .model.generate import generate
 from .model.module import (

@@ -1,0 +1,141 @@
+"""Attention on a card: flash attention out and back, and a kernel of its own for decoding."""
+
+import math
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from ..engine.attention import attention
+from ..engine.graph import together
+from .cuda import Kernels, floats
+
+TILE, CHUNK = 64, 128  # of the kernels: query or key rows of a block; keys of a block that decodes
+FEW = 8  # queries a row, up to which each gets blocks of its own
+WAYS = ("forward", "cached", "backward_q", "backward_kv")
+LANES = (8, 16, 32)  # to a key when decoding, four channels each
+
+tiled = {
+    width: Kernels(
+        "attention.cu attention_backward.cu",
+        *(f"attention_{way}<{width}>" for way in WAYS), "attention_delta",
+    )
+    for width in (32, 64, 96, 128)
+}  # fmt: skip
+decoding = Kernels(
+    "decode_attention.cu", *(f"attention_decode<{n}>" for n in LANES), "attention_combine"
+)
+
+
+def shared_bytes(way: str, width: int) -> int:
+    """Dynamic shared memory of a block: its tiles with rows of width + 4, weights of 64 + 16."""
+    rows = backward_rows(width)
+    if way in ("forward", "cached"):
+        return 4 * (2 * TILE * (width + 4) + TILE * (TILE + 16))
+    return 4 * (2 * (rows + TILE) * (width + 4) + rows * (TILE + 16))
+
+
+def backward_rows(width: int) -> int:
+    """Queries of a tile on the way back."""
+    return 32 if width > 64 else 64
+
+
+@cache
+def fits(compiler: Any, width: int, way: str) -> bool:
+    """Can a block have its shared memory on this card?  More than 48 KiB must be asked for."""
+    kernel = tiled[width].compiled[compiler][f"attention_{way}<{width}>"]
+    try:
+        kernel.max_dynamic_shared_size_bytes = shared_bytes(way, width)
+    except RuntimeError:  # CuPy's CUDADriverError
+        return False
+    return True
+
+
+def strided(xp: ModuleType, a: Any) -> Any:
+    """`a` (N, T, H, D) where its last axis is contiguous, as in a view of packed heads; else a
+    copy."""
+    plain = a.strides[3] == a.itemsize and min(a.strides) >= 0
+    return a if plain else xp.ascontiguousarray(a)
+
+
+def strides(*arrays: Any) -> list[int]:
+    """Of rows, time and heads, in entries: three numbers for each array."""
+    return [s // a.itemsize for a in arrays for s in a.strides[:3]]
+
+
+@attention.on("cupy")
+def _(xp, q, k, v, *, positions=None, tile=64, wants):
+    """Keeps q, k, v, the output and the log-sum-exps.  With positions, for a frozen model only."""
+    if not floats(q, k, v) or not q.ndim == k.ndim == 4:
+        return NotImplemented
+    N, T, H, D = q.shape
+    S, K = k.shape[1:3]
+    if k.shape != v.shape or k.shape[::3] != (N, D) or H % K or D > 128:
+        return NotImplemented  # wide heads, or an error that the specification names
+    if positions is None:
+        return flash(xp, q, k, v, wants) if T == S else NotImplemented
+    if any(wants) or positions.dtype != np.int64 or positions.shape != (N, T):
+        return NotImplemented
+    positions = xp.ascontiguousarray(positions)
+    few = T <= FEW and N < 65536
+    return decode(xp, q, k, v, positions) if few else flash(xp, q, k, v, wants, positions)
+
+
+def flash(xp, q, k, v, wants, positions=None):
+    """Tiles of queries against tiles of keys, out and back."""
+    N, T, H, D = q.shape
+    S, K = k.shape[1:3]
+    width, scale = -(-D // 32) * 32, 1 / math.sqrt(D)
+    launch = tiled[width].on(xp)
+    way = "forward" if positions is None else "cached"
+    needed = (way, "backward_q", "backward_kv") if any(wants) else (way,)
+    if launch is None or not all(fits(xp.RawModule, width, way) for way in needed):
+        return NotImplemented
+
+    def run(way, blocks, rows, *arguments):
+        grid, shared = (blocks, -(-T // rows)), shared_bytes(way, width)
+        launch(f"attention_{way}<{width}>", grid, 128, *arguments, scale, shared=shared)
+
+    out, lse = xp.empty(q.shape, q.dtype), xp.empty((N, H, T), q.dtype)
+    arrays = [strided(xp, a) for a in (q, k, v)]
+    if positions is None:
+        run(way, N * H, TILE, *arrays, out, lse, *strides(*arrays), T, H, K, D)
+    else:
+        run(way, N * H, TILE, *arrays, positions, out, lse, *strides(*arrays), T, S, H, K, D)
+
+    def pullback(g, wants):
+        g = strided(xp, g.astype(q.dtype, copy=False))
+        delta = xp.empty(lse.shape, q.dtype)
+        rows = N * T * H
+        launch("attention_delta", -(-rows // 4), 128, g, out, delta, *strides(g), T, H, D, rows)
+        arrays = [*(strided(xp, a) for a in (q, k, v)), g]
+        sizes = (*strides(*arrays), T, H, K, D)
+        dq = dk = dv = None
+        if wants[0]:
+            dq = xp.empty(q.shape, q.dtype)
+            run("backward_q", N * H, backward_rows(width), *arrays, lse, delta, dq, *sizes)
+        if wants[1] or wants[2]:
+            dk, dv = xp.empty(k.shape, k.dtype), xp.empty(v.shape, v.dtype)
+            run("backward_kv", N * K, TILE, *arrays, lse, delta, dk, dv, *sizes)
+        return dq, dk, dv
+
+    return out, together(pullback)
+
+
+def decode(xp, q, k, v, positions):
+    """A few queries over a cache: blocks by chunks of keys, then the chunks in order."""
+    launch = decoding.on(xp)
+    if launch is None:
+        return NotImplemented
+    N, T, H, D = q.shape
+    S, K = k.shape[1:3]
+    chunks = -(-S // CHUNK)
+    lanes = next(n for n in LANES if 4 * n >= D)
+    parts = xp.empty((N * T, H, chunks, D + 2), q.dtype)
+    out = xp.empty(q.shape, q.dtype)
+    arrays = [strided(xp, a) for a in (q, k, v)]
+    launch(f"attention_decode<{lanes}>", (chunks, T * H, N), 128, *arrays, positions, parts,
+           *strides(*arrays), T, S, H, K, D, 1 / math.sqrt(D))  # fmt: skip
+    launch("attention_combine", (H, N * T), 128, parts, positions, out, chunks, S, H, D)
+    return out, None

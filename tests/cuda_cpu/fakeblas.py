@@ -1,0 +1,128 @@
+"""cuBLAS as a card would see it: addresses, leading dimensions, and columns that come first.
+
+Each function is called through the machine's own calling convention, with the signature that
+stands in NVIDIA's header; the matrices are read at their addresses in the stand-in's memory.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import CFUNCTYPE, POINTER, c_float, c_int, c_size_t, c_void_p
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import standin
+
+from minilora.fast import cublas
+
+HANDLE = 0xB1A5
+SUCCESS, NOT_INITIALIZED, INVALID_VALUE = 0, 1, 7
+FLOAT, OF_FLOATS, ADDRESS = 0, POINTER(c_float), c_void_p
+SIGNATURES = {  # cublas_v2.h
+    "cublasCreate_v2": (POINTER(c_void_p),),
+    "cublasSetStream_v2": (ADDRESS, ADDRESS),
+    "cublasSetWorkspace_v2": (ADDRESS, ADDRESS, c_size_t),
+    "cublasGemmEx": (
+        ADDRESS, c_int, c_int, c_int, c_int, c_int, OF_FLOATS, ADDRESS, c_int, c_int, ADDRESS,
+        c_int, c_int, OF_FLOATS, ADDRESS, c_int, c_int, c_int, c_int,
+    ),
+}  # fmt: skip
+
+
+class Library:
+    """What ctypes would load.  `asked` holds the names called, `wrong` what went wrong."""
+
+    def __init__(self):
+        self.asked, self.wrong = [], None
+        self.stream = self.workspace = None
+        for name, types in SIGNATURES.items():
+            setattr(self, name, CFUNCTYPE(c_int, *types)(self.guarded(name)))
+
+    def guarded(self, name):
+        def call(*arguments):
+            self.asked.append(name)
+            try:
+                return getattr(self, name.removesuffix("_v2")[6:].lower())(*arguments)
+            except Exception as error:  # ctypes would drop it
+                self.wrong = error
+                return INVALID_VALUE
+
+        return call
+
+    def create(self, handle):
+        handle[0] = HANDLE
+        return SUCCESS
+
+    def setstream(self, handle, stream):
+        self.expect(handle)
+        self.stream, self.workspace = stream, None
+        return SUCCESS
+
+    def setworkspace(self, handle, address, size):
+        self.expect(handle)
+        inside(address, size)
+        self.workspace = address
+        return SUCCESS
+
+    def expect(self, handle):
+        if handle != HANDLE:
+            raise ValueError(f"handle {handle}")
+
+    def gemmex(
+        self, handle, ta, tb, m, n, k, alpha, a, type_a, lda, b, type_b, ldb, beta, c, type_c,
+        ldc, compute, algorithm,
+    ):  # fmt: skip
+        """C (m, n) = alpha op(A) op(B) + beta C, all of them column by column."""
+        self.expect(handle)
+        if self.workspace is None:
+            raise ValueError("no workspace: a capture would fail")
+        if (type_a, type_b, type_c, compute, algorithm) != (FLOAT, FLOAT, FLOAT, 68, -1):
+            raise ValueError("types")
+        alpha, beta = alpha[0], beta[0]
+
+        def run():
+            left = matrix(a, *((m, k), (k, m))[ta], lda)
+            right = matrix(b, *((k, n), (n, k))[tb], ldb)
+            value = np.float32(alpha) * ((left.T if ta else left) @ (right.T if tb else right))
+            into = matrix(c, m, n, ldc)
+            into[...] = value if beta == 0 else value + np.float32(beta) * into
+
+        run()
+        standin.stats.launches += 1
+        return SUCCESS
+
+
+def matrix(address, rows, columns, leading):
+    """A (rows, columns) view of memory, columns `leading` entries apart."""
+    if leading < max(1, rows):
+        raise ValueError(f"leading dimension {leading} of {rows} rows")
+    span = 4 * (leading * (columns - 1) + rows)
+    inside(address, span)
+    flat = np.ctypeslib.as_array((c_float * (span // 4)).from_address(address))
+    return np.lib.stride_tricks.as_strided(flat, (rows, columns), (4, 4 * leading))
+
+
+def inside(address, size):
+    """These bytes lie in one allocation of the stand-in."""
+    for root in list(standin.roots.values()):
+        start = root._a.ctypes.data
+        if start <= address and address + size <= start + root._a.nbytes:
+            return
+    raise IndexError(f"{size} bytes at {address:#x} are in no allocation")
+
+
+@contextmanager
+def installed(binding=cublas) -> Iterator[Library]:
+    """`cupy` is the stand-in, its arrays have addresses, and `binding` finds this cuBLAS."""
+    with pytest.MonkeyPatch.context() as patch:
+        modules: dict = {}
+        cupy = standin.install(modules)
+        for name, module in modules.items():
+            patch.setitem(sys.modules, name, module)
+        pointer = property(lambda self: SimpleNamespace(ptr=self._a.ctypes.data))
+        patch.setattr(standin.ndarray, "data", pointer, raising=False)
+        patch.setattr(cupy.cuda, "get_current_stream", lambda: SimpleNamespace(ptr=0))
+        library = Library()
+        patch.setitem(binding.opened, (cupy, 0), binding.Cublas(cupy, library))
+        yield library
