@@ -6,9 +6,10 @@ from ..exercise import Exercise
 
 
 def scores(rng: np.random.Generator) -> tuple:
-    """scores (T, T), some of them large"""
+    """scores (T, T), some of them large; window"""
     n = int(rng.integers(2, 7))
-    return (rng.standard_normal((n, n)) * float(rng.choice([1, 300])),)
+    window = int(rng.integers(1, n + 1))
+    return rng.standard_normal((n, n)) * float(rng.choice([1, 300])), window
 
 
 def widths(rng: np.random.Generator) -> tuple[int, int]:
@@ -21,31 +22,37 @@ def rows(rng: np.random.Generator) -> tuple:
     return rng.standard_normal((3, 8)) * 10, rng.standard_normal(8)
 
 
-def causal(scores):
-    shown = np.where(np.tril(np.ones_like(scores)) > 0, scores, -np.inf)
+def seen(scores, window):
+    """True where row t may look: at the places t - window + 1 to t."""
+    return np.tril(np.ones(scores.shape, bool)) & np.triu(np.ones(scores.shape, bool), 1 - window)
+
+
+def local(scores, window):
+    shown = np.where(seen(scores, window), scores, -np.inf)
     e = np.exp(shown - shown.max(axis=1, keepdims=True))
     return e / e.sum(axis=1, keepdims=True)
 
 
-def masked_too_late(scores):
+def masked_too_late(scores, window):
     e = np.exp(scores - scores.max(axis=1, keepdims=True))
-    return np.tril(e / e.sum(axis=1, keepdims=True))
+    return np.where(seen(scores, window), e / e.sum(axis=1, keepdims=True), 0)
 
 
 EXERCISES = (
     Exercise(
         name="02.1",
         statement=(
-            "Write `shares(scores)`: the causal softmax of a square table.  Row t gives shares to "
-            "places 0..t that sum to one, and nothing to later places.  Some scores are in the "
-            "hundreds, where `np.exp` overflows."
+            "Write `local_shares(scores, window)`: a causal softmax that also forgets.  Row t "
+            "gives shares that sum to one to place t and the `window - 1` places before it (as "
+            "many as there are), and nothing to others.  Some scores are in the hundreds, where "
+            "`np.exp` overflows."
         ),
-        hint="Set the later places to -inf first, then subtract each row's maximum.",
+        hint="Set what is not seen to -inf first, then subtract each row's maximum.",
         draw=scores,
-        solution=causal,
+        solution=local,
         wrong=masked_too_late,
         tolerance=1e-9,
-        labels=("scores",),
+        labels=("scores", "window"),
     ),
     Exercise(
         name="02.2",
