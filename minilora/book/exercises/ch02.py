@@ -1,4 +1,4 @@
-"""Exercises of chapter 02: a softmax that cannot see ahead, the size of a block, and a norm."""
+"""Exercises of chapter 02: a softmax with a window, the size of a block, and another norm."""
 
 import numpy as np
 
@@ -18,8 +18,9 @@ def widths(rng: np.random.Generator) -> tuple[int, int]:
 
 
 def rows(rng: np.random.Generator) -> tuple:
-    """x (n, C), weight (C,)"""
-    return rng.standard_normal((3, 8)) * 10, rng.standard_normal(8)
+    """x (n, C), weight (C,), bias (C,)"""
+    x = rng.standard_normal((3, 8)) * 10 + rng.uniform(-5, 5)
+    return x, rng.standard_normal(8), rng.standard_normal(8)
 
 
 def seen(scores, window):
@@ -36,6 +37,11 @@ def local(scores, window):
 def masked_too_late(scores, window):
     e = np.exp(scores - scores.max(axis=1, keepdims=True))
     return np.where(seen(scores, window), e / e.sum(axis=1, keepdims=True), 0)
+
+
+def centered_norm(x, weight, bias):
+    centered = x - x.mean(axis=-1, keepdims=True)
+    return centered / np.sqrt(np.mean(centered**2, axis=-1, keepdims=True)) * weight + bias
 
 
 EXERCISES = (
@@ -71,14 +77,15 @@ EXERCISES = (
     Exercise(
         name="02.3",
         statement=(
-            "Write `rms_norm(x, weight)`: each row of x divided by the root of the mean of its "
-            "squares, times the weight.  (Leave out the small epsilon.)"
+            "GPT-2 has another norm: it takes the mean of each row away first, and then gives the "
+            "row the size 1.  Write `layer_norm(x, weight, bias)`: that, times the weight, plus "
+            "the bias.  (Leave out the small epsilon.)"
         ),
-        hint="np.sqrt(np.mean(x**2, axis=-1, keepdims=True)); no mean is subtracted.",
+        hint="The mean of the squares, as in `my_norm`, but of what is left without the mean.",
         draw=rows,
-        solution=lambda x, weight: x / np.sqrt(np.mean(x**2, -1, keepdims=True)) * weight,
-        wrong=lambda x, weight: x / np.std(x, -1, keepdims=True) * weight,
+        solution=centered_norm,
+        wrong=lambda x, weight, bias: x / np.std(x, -1, keepdims=True) * weight + bias,
         tolerance=1e-9,
-        labels=("x", "weight"),
+        labels=("x", "weight", "bias"),
     ),
 )
