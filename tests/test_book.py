@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from minilora import MiniloraError
-from minilora.book.exercise import Exercise, multiplications, near, shown
+from minilora.book.exercise import Exercise, difference, multiplications, near, shown
 from minilora.book.exercises import EXERCISES, exercise
 from minilora.book.show import show
 from minilora.engine.fused import linear
@@ -39,14 +39,25 @@ def test_the_plausible_wrong_answer_fails(e):
 
 
 @every_exercise
-def test_a_blank_is_open_and_says_a_hint(e):
+def test_a_blank_is_open_and_gives_nothing_away(e):
     def blank(*arguments):
         raise NotImplementedError
 
     for answer in (blank, lambda *arguments: ...):
         verdict = e.verdict(answer)
         assert verdict.state == "open"
-        assert e.hint in str(verdict)
+        assert f'exercise("{e.name}").hint' in str(verdict)
+        assert f'show(exercise("{e.name}").solution)' in str(verdict)
+        assert e.hint not in str(verdict)
+    assert e.hint in str(e.verdict(lambda *arguments: "no")), "after a try, the hint"
+
+
+@every_exercise
+def test_every_solution_can_be_shown(e, capsys):
+    show(e.solution)
+    text = capsys.readouterr().out
+    assert text.startswith(f"# minilora/book/exercises/ch{e.name[:2]}.py\n")
+    assert "lambda" in text or "return" in text
 
 
 @every_exercise
@@ -69,6 +80,38 @@ def test_the_counterexample_is_the_first_one(capsys):
     assert f"Case {seed}:" in text
     assert "a = array (2,): [" in text
     assert "expected array" in text
+
+
+def test_the_place_of_the_difference_is_shown():
+    def off_at_the_end(a):
+        b = 2 * a
+        b[-1] += 1
+        return b
+
+    last = DOUBLE.draw(np.random.default_rng(0))[0][-1]
+    text = str(DOUBLE.verdict(off_at_the_end))
+    expected = f"expected {2 * last:.8g}, found {2 * last + 1:.8g}"
+    assert f"1 of 2 entries differ, the first at [1]: {expected}" in text
+    assert "shape: expected (2,), found (1, 2)" in str(DOUBLE.verdict(lambda a: 2 * a[None]))
+    pair = np.zeros((2, 3)), np.ones(3)
+    other = np.zeros((2, 3)), np.array([1, 1, np.nan])
+    assert difference(other, pair, 1e-6).startswith("part 2: 1 of 3 entries differ, the first at")
+    assert "number of parts: expected 2, found 1" in difference(pair[:1], pair, 0)
+    assert difference((1, 2), (1, 3), 0) == "part 2: expected 3, found 2"
+    assert difference("no", 1.0, 0) == difference(2.0, 1.0, 0) == ""
+    assert shown(pair) == "(array (2, 3): [0., 0., 0., 0., ...], array (3,): [1., 1., 1.])"
+
+
+def test_an_answer_may_write_into_its_arguments():
+    def scribble(a):
+        b = 2 * a
+        a[...] = np.inf
+        return b if b[0] < 2 else a
+
+    text = str(DOUBLE.verdict(scribble))
+    assert "a = array" in text
+    assert "inf" not in next(line for line in text.splitlines() if "a = " in line)
+    assert DOUBLE.verdict(lambda a: np.multiply(a, 2, out=a)).state == "passed"
 
 
 def test_shapes_and_kinds_count():

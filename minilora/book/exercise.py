@@ -1,6 +1,7 @@
 """An exercise: a statement, a blank, and a checker that answers with a counterexample."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,8 +36,9 @@ class Exercise:
     """A question whose answer is a function.
 
     `check(answer)` calls it on cases drawn by `draw(rng)`, compares with `solution`, relative
-    to the size of the right value, and prints the first case in which they differ.  `wrong`
-    is a plausible wrong answer; a test holds that it fails and that `solution` passes.
+    to the size of the right value, and prints the first case in which they differ, and where in
+    it.  The answer gets copies: what it writes into them changes no case.  `wrong` is a
+    plausible wrong answer; a test holds that it fails and that `solution` passes.
     """
 
     name: str
@@ -56,7 +58,7 @@ class Exercise:
             arguments = self.draw(np.random.default_rng(seed))
             right = self.solution(*arguments)
             try:
-                found = answer(*arguments)
+                found = answer(*deepcopy(arguments))
             except NotImplementedError:
                 return self.still_open()
             except Exception as error:
@@ -66,7 +68,8 @@ class Exercise:
             if not near(found, right, self.tolerance):
                 return self.failed(seed, arguments, right, found)
             if self.budget is not None:
-                used, limit = self.budget.used(answer, arguments), self.budget.limit(arguments)
+                used = self.budget.used(answer, deepcopy(arguments))
+                limit = self.budget.limit(arguments)
                 if used > limit:
                     return Verdict(
                         "failed",
@@ -81,13 +84,20 @@ class Exercise:
         print(self.verdict(answer))
 
     def still_open(self) -> Verdict:
-        return Verdict("open", f"Exercise {self.name} is still open.  Hint: {self.hint}")
+        ask = f'exercise("{self.name}")'
+        return Verdict(
+            "open",
+            f"Exercise {self.name} is still open.  For a hint: {ask}.hint\n"
+            f"When you have tried, our answer: show({ask}.solution)",
+        )
 
     def failed(self, case: int, arguments: tuple, right: Any, found: Any) -> Verdict:
         names = self.labels or tuple(f"argument {i + 1}" for i in range(len(arguments)))
         lines = [f"Exercise {self.name}: not yet.  Case {case}:"]
         lines += [f"  {n} = {shown(a)}" for n, a in zip(names, arguments, strict=True)]
         lines += [f"  expected {shown(right)}", f"  found    {shown(found)}"]
+        lines += [f"  {where}" for where in [difference(found, right, self.tolerance)] if where]
+        lines.append(f"  Hint: {self.hint}")
         return Verdict("failed", "\n".join(lines))
 
     def _repr_markdown_(self) -> str:
@@ -95,6 +105,11 @@ class Exercise:
 
     def __repr__(self) -> str:
         return f"Exercise {self.name}. {self.statement}"
+
+
+def numbers(value: Any) -> np.ndarray:
+    """The value as float64 on the host.  Errors: TypeError, ValueError where it is no array."""
+    return np.asarray(to_numpy(value.data if isinstance(value, Tensor) else value), np.float64)
 
 
 def near(found: Any, right: Any, tolerance: float) -> bool:
@@ -108,10 +123,7 @@ def near(found: Any, right: Any, tolerance: float) -> bool:
     if isinstance(right, (str, bool, type(None))):
         return found == right
     try:
-        a, b = (
-            np.asarray(to_numpy(v.data if isinstance(v, Tensor) else v), np.float64)
-            for v in (found, right)
-        )
+        a, b = numbers(found), numbers(right)
         if a.shape != b.shape:
             return False
         gap = np.max(np.abs(a - b), initial=0)
@@ -120,8 +132,38 @@ def near(found: Any, right: Any, tolerance: float) -> bool:
         return False
 
 
+def difference(found: Any, right: Any, tolerance: float) -> str:
+    """Where an answer first differs from the right one, in a line; "" where that is all of it."""
+    if isinstance(right, (tuple, list)):
+        if not isinstance(found, (tuple, list)):
+            return ""
+        if len(found) != len(right):
+            return f"number of parts: expected {len(right)}, found {len(found)}"
+        pairs = enumerate(zip(found, right, strict=True), start=1)
+        i, f, r = next((i, f, r) for i, (f, r) in pairs if not near(f, r, tolerance))
+        inner = difference(f, r, tolerance)
+        return f"part {i}: {inner or f'expected {shown(r)}, found {shown(f)}'}"
+    try:
+        a, b = numbers(found), numbers(right)
+    except (TypeError, ValueError):
+        return ""
+    if a.shape != b.shape:
+        return f"shape: expected {b.shape}, found {a.shape}"
+    if b.ndim == 0:
+        return ""
+    allowed = tolerance * (1 + np.max(np.abs(b), initial=0))
+    wrong = ~(np.abs(a - b) <= allowed)  # written so that nan counts as different
+    place = tuple(int(i) for i in np.argwhere(wrong)[0])
+    return (
+        f"{wrong.sum():,} of {b.size:,} entries differ, the first at {list(place)}: "
+        f"expected {b[place]:.8g}, found {a[place]:.8g}"
+    )
+
+
 def shown(value: Any) -> str:
-    """A value in one short line: numbers whole, arrays by shape and first entries."""
+    """A value in one short line: numbers whole, arrays by shape and first entries, by part."""
+    if isinstance(value, tuple) and any(isinstance(v, (np.ndarray, Tensor)) for v in value):
+        return f"({', '.join(shown(v) for v in value)})"
     if isinstance(value, Tensor):
         value = value.data
     if isinstance(value, np.ndarray):

@@ -1,4 +1,4 @@
-"""Exercises of chapter 00: counting an adapter, and multiplying in the cheap order."""
+"""Exercises of chapter 00: the size of an adapter, its first step, and merging."""
 
 import numpy as np
 
@@ -12,25 +12,36 @@ def sizes(rng: np.random.Generator) -> tuple[int, int, int]:
 
 
 def arrays(rng: np.random.Generator) -> tuple:
-    """x, W0, A, B, alpha"""
-    n, d_in, d_out, r = rng.integers(2, 30), rng.integers(10, 40), rng.integers(10, 40), 2
-    x, W0 = rng.standard_normal((n, d_in)), rng.standard_normal((d_out, d_in))
-    return x, W0, rng.standard_normal((r, d_in)), rng.standard_normal((d_out, r)), 4.0
+    """W0, A, B, alpha; alpha is no multiple of r, and whole, as it stands in files"""
+    d_in, d_out, r = rng.integers(10, 40), rng.integers(10, 40), int(rng.choice([2, 4]))
+    W0, A = rng.standard_normal((d_out, d_in)), rng.standard_normal((r, d_in))
+    return W0, A, rng.standard_normal((d_out, r)), int(rng.choice([3, 5, 7]))
 
 
-def forward(x, W0, A, B, alpha):
-    return x @ W0.T + (alpha / A.shape[0]) * ((x @ A.T) @ B.T)
+def at_the_start(rng: np.random.Generator) -> tuple:
+    """x, g, W0, A, alpha, lr"""
+    W0, A, _, alpha = arrays(rng)
+    n, (d_out, d_in) = int(rng.integers(8, 30)), W0.shape
+    x, g = rng.standard_normal((n, d_in)), rng.standard_normal((n, d_out))
+    return x, g, W0, A, alpha, float(rng.uniform(0.01, 0.1))
 
 
-def forward_dear(x, W0, A, B, alpha):
-    return x @ W0.T + (alpha / A.shape[0]) * (x @ (B @ A).T)
+def stepped(x, g, W0, A, alpha, lr):
+    s = alpha / len(A)
+    B = -lr * s * g.T @ (x @ A.T)  # B was zero, and A does not move yet
+    return W0 + s * B @ A
 
 
-def cheap_limit(arguments: tuple) -> float:
-    """One product with W0, and two with the factors."""
-    x, W0, A, _, _ = arguments
-    n, (d_out, d_in), r = len(x), W0.shape, len(A)
-    return n * (d_out * d_in + r * d_in + r * d_out)
+def stepped_dear(x, g, W0, A, alpha, lr):
+    s = alpha / len(A)
+    return W0 - lr * s**2 * (g.T @ x) @ A.T @ A
+
+
+def thin_limit(arguments: tuple) -> float:
+    """x Aᵀ, its product with gᵀ, and B A."""
+    x, g, _, A, _, _ = arguments
+    (n, d_in), d_out, r = x.shape, g.shape[1], len(A)
+    return r * (n * d_in + n * d_out + d_out * d_in)
 
 
 EXERCISES = (
@@ -49,16 +60,17 @@ EXERCISES = (
     Exercise(
         name="00.2",
         statement=(
-            "Write `lora_forward(x, W0, A, B, alpha)` on plain arrays, with the scale alpha / r. "
-            "The checker counts multiplications: never form B A."
+            "Write `first_step(x, g, W0, A, alpha, lr)`: the merged weight W0 + s B A after one "
+            "step of gradient descent at rate `lr`, begun at B = 0.  The checker counts "
+            "multiplications: the large product g.T @ x would be over the budget."
         ),
-        hint="x @ A.T is narrow: n rows of r numbers.  Multiply that by B.T.",
-        draw=arrays,
-        solution=forward,
-        wrong=forward_dear,
+        hint="dA is zero at the start, so that only B moves.  x @ A.T is narrow: n rows of r.",
+        draw=at_the_start,
+        solution=stepped,
+        wrong=stepped_dear,
         tolerance=1e-9,
-        budget=Budget("multiplications", multiplications, cheap_limit),
-        labels=("x", "W0", "A", "B", "alpha"),
+        budget=Budget("multiplications", multiplications, thin_limit),
+        labels=("x", "g", "W0", "A", "alpha", "lr"),
     ),
     Exercise(
         name="00.3",
@@ -67,7 +79,7 @@ EXERCISES = (
             "together."
         ),
         hint="x W0ᵀ + s (x Aᵀ) Bᵀ = x (W0 + ...)ᵀ",
-        draw=lambda rng: arrays(rng)[1:],
+        draw=arrays,
         solution=lambda W0, A, B, alpha: W0 + alpha / A.shape[0] * B @ A,
         wrong=lambda W0, A, B, alpha: W0 + alpha * B @ A,
         labels=("W0", "A", "B", "alpha"),

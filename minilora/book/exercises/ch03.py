@@ -5,9 +5,9 @@ import numpy as np
 from ..exercise import Exercise
 
 
-def a_series(rng: np.random.Generator) -> tuple:
-    """gradients (t,), beta"""
-    return rng.standard_normal(int(rng.integers(1, 9))), float(rng.choice([0.5, 0.9, 0.99]))
+def a_memory(rng: np.random.Generator) -> tuple:
+    """t, beta"""
+    return int(rng.integers(1, 9)), float(rng.choice([0.5, 0.9, 0.99]))
 
 
 def a_matrix(rng: np.random.Generator) -> tuple:
@@ -16,16 +16,14 @@ def a_matrix(rng: np.random.Generator) -> tuple:
     return rng.standard_normal((m, n)), int(rng.integers(1, 3))
 
 
-def a_size(rng: np.random.Generator) -> tuple[int]:
-    """How many parameters"""
-    return (int(rng.integers(1, 70)) * 10**9,)
+def a_size(rng: np.random.Generator) -> tuple[int, int]:
+    """How many parameters, and how many of them train"""
+    parameters = int(rng.integers(1, 70)) * 10**9
+    return parameters, int(parameters * rng.uniform(0.001, 1))
 
 
-def running_mean(gradients, beta, correct):
-    m = 0.0
-    for g in gradients:
-        m = beta * m + (1 - beta) * g
-    return m / (1 - beta ** len(gradients)) if correct else m
+def influence(t, beta):
+    return (1 - beta) * beta ** np.arange(t - 1, -1, -1.0)
 
 
 def nearest(W, r):
@@ -37,15 +35,15 @@ EXERCISES = (
     Exercise(
         name="03.1",
         statement=(
-            "Write `corrected(gradients, beta)`: Adam's running mean m of these gradients, first "
-            "to last, started at zero and divided by what corrects for that start."
+            "After t steps Adam's corrected mean is a mixture of the t gradients so far.  Write "
+            "`influence(t, beta)`: the share of each in it, first gradient first, shape (t,)."
         ),
-        hint="m = beta m + (1 - beta) g for each; at the end divide by 1 - beta ** t.",
-        draw=a_series,
-        solution=lambda gradients, beta: running_mean(gradients, beta, True),
-        wrong=lambda gradients, beta: running_mean(gradients, beta, False),
+        hint="Unroll m as in section 2, then divide by 1 - beta ** t.  The shares sum to one.",
+        draw=a_memory,
+        solution=lambda t, beta: influence(t, beta) / (1 - beta**t),
+        wrong=influence,
         tolerance=1e-9,
-        labels=("gradients", "beta"),
+        labels=("t", "beta"),
     ),
     Exercise(
         name="03.2",
@@ -60,15 +58,15 @@ EXERCISES = (
     Exercise(
         name="03.3",
         statement=(
-            "Write `gigabytes(parameters)`: what full fine-tuning with Adam holds between two "
-            "steps, in units of 10^9 bytes, with weights and gradients in 16 bits and both means "
-            "in 32."
+            "Write `gigabytes(parameters, trained)`: what fine-tuning with Adam holds between two "
+            "steps, in units of 10^9 bytes, if only `trained` of the parameters train.  Weights "
+            "and gradients are in 16 bits, both means in 32."
         ),
-        hint="2 bytes for the weight, 2 for the gradient, and 4 for each of the two means.",
+        hint="2 bytes for every weight; 2 for a gradient and 4 for each of the means that exist.",
         draw=a_size,
-        solution=lambda parameters: 12 * parameters / 1e9,
-        wrong=lambda parameters: 16 * parameters / 1e9,
+        solution=lambda parameters, trained: (2 * parameters + 10 * trained) / 1e9,
+        wrong=lambda parameters, trained: 12 * trained / 1e9,
         tolerance=1e-9,
-        labels=("parameters",),
+        labels=("parameters", "trained"),
     ),
 )

@@ -2,14 +2,20 @@
 
 import numpy as np
 
-from ..exercise import Exercise
+from ..exercise import Budget, Exercise, multiplications
 
 
 def layer(rng: np.random.Generator) -> tuple:
     """g (n, d_out), W0, A, B, alpha"""
-    n, d_out, d_in, r = 3, int(rng.integers(3, 7)), int(rng.integers(3, 7)), 2
+    n, d_out, d_in, r = 3, int(rng.integers(12, 24)), int(rng.integers(12, 24)), 2
     shapes = (n, d_out), (d_out, d_in), (r, d_in), (d_out, r)
     return (*(rng.standard_normal(shape) for shape in shapes), 5.0)
+
+
+def few_rows(arguments: tuple) -> float:
+    """g W0, g B and its product with A."""
+    g, W0, A, _, _ = arguments
+    return len(g) * (W0.size + len(A) * sum(W0.shape))
 
 
 def factors(rng: np.random.Generator) -> tuple:
@@ -40,13 +46,15 @@ EXERCISES = (
         name="04.1",
         statement=(
             "Write `input_gradient(g, W0, A, B, alpha)`: the gradient of the input of a LoRA "
-            "layer, with the scale alpha / r."
+            "layer, with the scale alpha / r.  The rows are few, and the checker counts "
+            "multiplications: never form B A."
         ),
         hint="Two ways lead from y to x: through W0, and through B and then A.",
         draw=layer,
         solution=lambda g, W0, A, B, alpha: g @ W0 + alpha / len(A) * (g @ B) @ A,
         wrong=lambda g, W0, A, B, alpha: g @ W0,
         tolerance=1e-9,
+        budget=Budget("multiplications", multiplications, few_rows),
         labels=("g", "W0", "A", "B", "alpha"),
     ),
     Exercise(
