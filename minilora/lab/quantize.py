@@ -14,7 +14,7 @@ from ..quant.blockwise import BLOCKS, dequantize_blocks, quantize_array, unpack
 from ..quant.codes import code
 from ..quant.double import double_quantize
 from .compare import versions
-from .figures import BLACK, BLUE, GREEN, MARKS, ORANGE, PURPLE, RED, SKY, canvas, save
+from .figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, canvas, save
 from .report import number, table
 
 FOUR_BITS = ("nf4", "fp4", "e2m1", "int4", "int4_max")
@@ -177,21 +177,25 @@ def codes_figure(record: dict[str, Any], path: str | Path) -> Path:
     colors = dict(zip(FOUR_BITS, (BLUE, RED, PURPLE, ORANGE, GREEN), strict=True))
     names = {"nf4": "NF4", "fp4": "FP4", "e2m1": "E2M1", "int4": "INT4, 15 levels",
              "int4_max": "INT4, 16 levels, signed max"}  # fmt: skip
-    for i, (name, by) in enumerate(record["by_block"].items()):
-        style = {"color": colors[name], "marker": MARKS[i]}
-        ax.plot([int(b) for b in by], [e["rmse"] for e in by.values()], label=names[name], **style)
+    dashes = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
+    for (name, by), line in zip(record["by_block"].items(), dashes, strict=True):
+        errors_of = [e["rmse"] for e in by.values()]
+        ax.plot([int(b) for b in by], errors_of, color=colors[name], ls=line, label=names[name])
     ax.set_xscale("log", base=2)
     ax.set_xticks(BLOCKS, [str(b) for b in BLOCKS], fontsize=8)
     ax.set_xlabel("weights in a block")
     ax.set_ylabel("RMSE on N(0, 1)")
+    named = {("int4_max", 32, "float16"): "Q4_0", ("nf4", 64, "float32"): "NF4, 64",
+             ("nf4", 64, "double"): "NF4, 64,\ndoubled"}  # fmt: skip
     for e in record["equal_bits"]:
         marker = {"float32": "o", "double": "s", "float16": "^"}[e["scales"]]
         pareto.plot(e["bits"], e["rmse"], marker, color=colors[e["code"]], ms=7)
-        pareto.annotate(str(e["block"]), (e["bits"], e["rmse"]), fontsize=7,
-                        xytext=(4, 4), textcoords="offset points")  # fmt: skip
+        if label := named.get((e["code"], e["block"], e["scales"])):
+            pareto.annotate(label, (e["bits"], e["rmse"]), fontsize=8, va="top",
+                            xytext=(3, -6), textcoords="offset points")  # fmt: skip
     for label, marker in (("float32 scales", "o"), ("scales of scales", "s"), ("float16", "^")):
         pareto.plot([], [], marker, color="0.4", label=label)
-    pareto.set_xlabel("bits a weight, scales included (number: block)")
+    pareto.set_xlabel("bits a weight, scales included")
     pareto.set_ylabel("RMSE on N(0, 1)")
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return save(figure, path)
