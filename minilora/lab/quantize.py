@@ -186,13 +186,13 @@ def codes_figure(record: dict[str, Any], path: str | Path) -> Path:
     ax.set_xlabel("weights in a block")
     ax.set_ylabel("RMSE on N(0, 1)")
     named = {("int4_max", 32, "float16"): "Q4_0", ("nf4", 64, "float32"): "NF4, 64",
-             ("nf4", 64, "double"): "NF4, 64,\ndoubled"}  # fmt: skip
+             ("nf4", 64, "double"): "NF4, 64, doubled"}  # fmt: skip
     for e in record["equal_bits"]:
         marker = {"float32": "o", "double": "s", "float16": "^"}[e["scales"]]
         pareto.plot(e["bits"], e["rmse"], marker, color=colors[e["code"]], ms=7)
         if label := named.get((e["code"], e["block"], e["scales"])):
-            pareto.annotate(label, (e["bits"], e["rmse"]), fontsize=8, va="top",
-                            xytext=(3, -6), textcoords="offset points")  # fmt: skip
+            pareto.annotate(label, (e["bits"], e["rmse"]), fontsize=8, va="center",
+                            xytext=(8, 0), textcoords="offset points")  # fmt: skip
     for label, marker in (("float32 scales", "o"), ("scales of scales", "s"), ("float16", "^")):
         pareto.plot([], [], marker, color="0.4", label=label)
     pareto.set_xlabel("bits a weight, scales included")
