@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,35 +12,36 @@ from pathlib import Path
 from typing import NoReturn
 
 from . import __version__
-from .cli_model import add_commands, names
+from .cli_model import add_commands, folder, names
 from .engine.errors import MiniloraError
+from .engine.workers import threads
+from .lab.machine import keep_large_blocks
 from .lab.report import write_record
 
 OVERVIEW = """\
 minilora {version}: LoRA and QLoRA from scratch in NumPy.
 
-  minilora compare            full fine-tuning against LoRA at several ranks: a table,
-                              a record and two figures, in about two minutes
-  minilora compare --quick    the same in small, in about fifteen seconds
-  minilora compare --task T   another task: {tasks}
-  minilora forgetting         what is learned against what is forgotten, as paths
-  minilora swap               four adapters on one frozen base
-  minilora targets            which matrices to adapt, at an equal budget
-  minilora memory             what a published model needs, and on which card it fits
-  minilora quantize           the levels of a code, its error by block, what equal bits buy
-  minilora paging             Adam's moments on pages, and a spike that they make room for
-  minilora finetune           LoRA or QLoRA on a real model and a file of yours
-  minilora generate           let a model write, with adapters or without
-  minilora perplexity         how well it predicts a text, code by code
-  minilora inspect DIR        what an adapter is; merge and convert: for other programs
-  minilora bench              time and memory of a step against torch and PEFT
-  minilora book               run the chapters again and write them back; --site DIR: as a site
-  minilora gpu-check          with CuPy and a card: is every op right there, and how fast?
-  minilora compare --data F   fine-tune the shipped text model on a text file of yours
-  minilora pretrain dates     make a shipped base again
+  minilora compare           full fine-tuning against LoRA, rank by rank: a
+                             table, two figures; in two minutes (--quick: 15 s)
+  minilora compare --task T  {tasks}
+  minilora forgetting        what is learned against what is forgotten, as paths
+  minilora swap              four adapters on one frozen base
+  minilora targets           which matrices to adapt, at an equal budget
+  minilora memory            what a published model needs, on which card it fits
+  minilora quantize          a code's levels, its error by block and by bits
+  minilora paging            Adam's moments on pages, a spike they make room for
+  minilora finetune          LoRA or QLoRA on a real model and a file of yours
+  minilora generate          let a model write, with adapters or without
+  minilora perplexity        how well it predicts a text, code by code
+  minilora inspect DIR       what an adapter is; merge and convert: for others
+  minilora bench             time and memory of a step against torch and PEFT
+  minilora book              run the chapters again; --site DIR: all as a site
+  minilora gpu-check         with CuPy and a card: is every op right, how fast?
+  minilora pretrain dates    make a shipped base again
 
 Each takes --help.  The README says what to read, and in which order.
 """
+WIDTH, COLUMN = 80, 29  # of a terminal, and where the second column begins
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,13 +64,14 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", parser_class=Parser)
 
     c = commands.add_parser("compare", help="full fine-tuning against LoRA, rank by rank")
-    c.add_argument("--task", default="dates", help="which task (default: dates)")
-    c.add_argument("--data", type=Path, help="a text file of your own, instead of a task")
+    one = c.add_mutually_exclusive_group()
+    one.add_argument("--task", default="dates", help="which task (default: dates)")
+    one.add_argument("--data", type=Path, help="a text file of your own, instead of a task")
     c.add_argument("--methods", type=names, help="comma-separated: full,lora,qlora,qlora-fp4,...")
     c.add_argument("--ranks", type=whole_numbers, help="comma-separated, e.g. 1,2,4,8")
     c.add_argument("--seeds", type=int, default=3, help="how many seeds are reported (default: 3)")
     c.add_argument("--quick", action="store_true", help="one seed, three ranks, fewer steps")
-    c.add_argument("--out", type=Path, default=Path("figures"), help="folder for what it writes")
+    c.add_argument("--out", type=folder, default=Path("figures"), help="folder for what it writes")
     c.add_argument("--json", action="store_true", help="print the record instead of the table")
     c.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     c.set_defaults(run=run_compare)
@@ -83,19 +87,20 @@ def parser() -> argparse.ArgumentParser:
             e.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
             e.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
         e.add_argument(
-            "--out", type=Path, default=Path("figures"), help="folder for what it writes"
+            "--out", type=folder, default=Path("figures"), help="folder for what it writes"
         )
+        e.add_argument("--json", action="store_true", help="print the record, not the table")
         e.set_defaults(run=run_experiment)
 
     b = commands.add_parser("bench", help="time and memory against torch, behind a gate")
     b.add_argument("--suite", default="step", help="step (default), memory, generate, optimizer, "
-                   "quantize or scaling")  # fmt: skip
+                   "quantize, scaling or threads")  # fmt: skip
     b.add_argument("--shapes", type=names, help="comma-separated: tiny,S0,S1,S2,S3,smollm2")
     b.add_argument("--modes", type=names, help="comma-separated: lora,full,qlora")
     b.add_argument("--baselines", type=names, help="comma-separated, e.g. torch,hf,primitives")
     b.add_argument("--threads", type=int, default=2, help="on both sides (default: 2)")
     b.add_argument("--rounds", type=int, default=7, help="clean rounds wanted (default: 7)")
-    b.add_argument("--out", type=Path, default=Path("figures"), help="folder for what it writes")
+    b.add_argument("--out", type=folder, default=Path("figures"), help="folder for what it writes")
     b.add_argument("--json", action="store_true", help="print the record instead of the table")
     b.set_defaults(run=run_bench)
 
@@ -112,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
     m.add_argument("--block", type=int, default=64)
     m.add_argument("--no-double", dest="double", action="store_false")
     m.add_argument("--json", action="store_true", help="print the record instead of the table")
-    m.add_argument("--out", type=Path, default=Path("figures"), help="folder for what it writes")
+    m.add_argument("--out", type=folder, default=Path("figures"), help="folder for what it writes")
     m.set_defaults(run=run_memory)
 
     q = commands.add_parser("quantize", help="what a code costs and what it loses")
@@ -121,7 +126,7 @@ def parser() -> argparse.ArgumentParser:
     q.add_argument("--no-double", dest="double", action="store_false")
     q.add_argument("--tensor", help="FILE.safetensors:NAME (default: a weight of a shipped base)")
     q.add_argument("--json", action="store_true", help="print the record instead of the tables")
-    q.add_argument("--out", type=Path, default=Path("figures"), help="folder for what it writes")
+    q.add_argument("--out", type=folder, default=Path("figures"), help="folder for what it writes")
     q.set_defaults(run=run_quantize)
 
     k = commands.add_parser("book", help="execute chapters and write them back, the same each time")
@@ -134,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
 
     g = commands.add_parser("gpu-check", help="every op on a GPU against float64 NumPy")
     g.add_argument("--seed", type=int, default=0)
-    g.add_argument("--out", type=Path, default=Path("figures/gpu"), help="folder for the record")
+    g.add_argument("--out", type=folder, default=Path("figures/gpu"), help="folder for the record")
     g.set_defaults(run=run_gpu_check)
 
     add_commands(commands)
@@ -242,8 +247,9 @@ def run_experiment(args: argparse.Namespace) -> int:
     if min(options.values(), default=1) < 1:
         raise MiniloraError(f"expected seeds and jobs >= 1, found {options}")
     record = run(config(**options))
-    print(report(record))
-    write_record(record, args.out / f"{args.command}.json", draw)
+    print(json.dumps(record, indent=1) if args.json else report(record))
+    say = partial(print, file=sys.stderr if args.json else sys.stdout)
+    write_record(record, args.out / f"{args.command}.json", draw, say)
     return 0
 
 
@@ -321,10 +327,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.command is None:
         from .train.tasks import TASKS
 
-        print(OVERVIEW.format(version=__version__, tasks=", ".join(TASKS)), end="")
+        tasks = textwrap.wrap(
+            f"{', '.join(TASKS)}; --data FILE: a text of yours",
+            WIDTH - COLUMN,
+            break_on_hyphens=False,
+        )
+        print(OVERVIEW.format(version=__version__, tasks=("\n" + " " * COLUMN).join(tasks)), end="")
         return 0
+    if arguments is None:  # a process of our own
+        keep_large_blocks()
     try:
-        return args.run(args)
+        with threads(os.cpu_count() or 1):
+            return args.run(args)
     except MiniloraError as error:
         print(f"minilora {args.command}: {error}", file=sys.stderr)
         return 2

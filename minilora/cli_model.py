@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from functools import partial
@@ -11,6 +12,15 @@ from typing import Any
 from .engine.errors import MiniloraError
 
 MODEL = "smollm2 (default), a .gguf file, or a Hugging Face directory"
+
+
+def folder(text: str) -> Path:
+    """A directory that is there, or can be made: asked before the work, not after it."""
+    path = Path(text)
+    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise argparse.ArgumentTypeError(f"expected a folder to write to, found {nearest}")
+    return path
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -102,7 +112,7 @@ def add_commands(commands: Any) -> None:
     p.add_argument("--max-len", type=int, default=256, help="tokens of a window (default: 256)")
     p.add_argument("--block", type=int, default=64)
     p.add_argument("--json", action="store_true", help="print the record instead of the table")
-    p.add_argument("--out", type=Path, default=Path("figures"), help="folder for what it writes")
+    p.add_argument("--out", type=folder, default=Path("figures"), help="folder for what it writes")
 
 
 def run_generate(args: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ from minilora.lab.op_samples import SAMPLES, Sample, drawn, fixed, frozen_base, 
 from minilora.model.module import to_device as tree_to_device
 
 SMALL = (2, 3, 4)
+NONE = (0, 3)  # no entries at all
 EDGES = (
     Sample(tensor.add, ((4, 1), (1, 5))),
     Sample(tensor.add, ((), (2, 3))),
@@ -80,7 +81,69 @@ EDGES = (
         loss.head_cross_entropy, ((3, 4), (5, 4)), drawn(targets=lambda rng: np.full(3, -100))
     ),
 )  # fmt: skip
-TABLE = SAMPLES + EDGES
+
+EMPTY = (
+    *(Sample(op, (NONE, (3,))) for op in (tensor.add, tensor.sub, tensor.div, tensor.pow)),
+    Sample(tensor.add, ((0, 1), (1, 3))),
+    Sample(tensor.mul, (NONE, ())),
+    *(
+        Sample(op, (NONE,))
+        for op in (
+            tensor.neg, tensor.sum, tensor.transpose, ops.exp, ops.log, ops.sqrt, ops.tanh,
+            ops.sigmoid, ops.softmax, ops.log_softmax, ops.logsumexp,
+        )
+    ),
+    Sample(tensor.matmul, ((2, 0), (0, 3))),
+    Sample(tensor.mean, (NONE,), fixed(axis=-1)),
+    Sample(tensor.getitem, (NONE,), fixed(index=(slice(None), 1))),
+    Sample(tensor.getitem, (SMALL,), drawn(index=lambda rng: np.zeros(0, np.int64))),
+    Sample(ops.max, (NONE,), fixed(axis=-1)),
+    Sample(ops.where, (NONE, (3,)), drawn(mask=lambda rng: np.zeros(NONE, bool))),
+    Sample(ops.stack, (NONE, NONE), fixed(axis=1)),
+    Sample(fused.linear, ((2, 0), (3, 0), (3,))),
+    Sample(fused.frozen_linear, ((2, 0, 4),), frozen_base(3, 4)),
+    Sample(
+        fused.lora_linear,
+        ((2, 0, 4), (2, 4), (3, 2)),
+        lambda rng: frozen_base(3, 4)(rng) | {"scale": 2.0},
+    ),
+    Sample(fused.rms_norm, ((2, 0, 4), (4,)), fixed(eps=1e-5)),
+    Sample(fused.dropout, (NONE,), lambda rng: {"rate": 0.3, "rng": np.random.default_rng(5)}),
+    Sample(attention.split_heads, ((2, 0, 8),), fixed(heads=(2, 1, 1), width=2)),
+    Sample(attention.rope, ((0, 3, 2, 4),), fixed(theta=100.0)),
+    Sample(attention.rope, ((2, 0, 2, 4),), fixed(theta=100.0)),
+    Sample(attention.attention, ((0, 3, 4, 2), (0, 3, 2, 2), (0, 3, 2, 2))),
+    Sample(attention.attention, ((2, 0, 4, 2), (2, 0, 2, 2), (2, 0, 2, 2))),
+    Sample(loss.cross_entropy, ((0, 5),), drawn(targets=tokens((0,), 5))),
+    Sample(loss.head_cross_entropy, ((2, 0, 4), (5, 4)), drawn(targets=tokens((2, 0), 5))),
+)  # fmt: skip
+
+SINGLE = (
+    *(
+        Sample(op, ((), ()), positive=True)
+        for op in (tensor.add, tensor.sub, tensor.mul, tensor.div, tensor.pow, fused.swiglu)
+    ),
+    *(
+        Sample(op, ((),), positive=True)
+        for op in (
+            tensor.neg, tensor.sum, tensor.transpose, ops.exp, ops.log, ops.sqrt, ops.tanh,
+            ops.sigmoid, ops.max,
+        )
+    ),
+    Sample(tensor.getitem, ((),), fixed(index=...)),
+    Sample(tensor.getitem, ((3,),), fixed(index=1)),
+    Sample(ops.where, ((), ()), drawn(mask=lambda rng: np.array(True))),
+    Sample(ops.stack, ((), ())),
+    Sample(fused.dropout, ((),), lambda rng: {"rate": 0.3, "rng": np.random.default_rng(6)}),
+)  # fmt: skip
+TABLE = SAMPLES + EDGES + EMPTY + SINGLE
+
+# Defined along an axis, so that a single number is no argument of theirs.
+AXIS_WANTED = {
+    "matmul", "concat", "softmax", "log_softmax", "logsumexp", "linear", "frozen_linear",
+    "lora_linear", "layer_norm", "rms_norm", "embedding", "split_heads", "rope", "attention",
+    "cross_entropy", "head_cross_entropy",
+}  # fmt: skip
 
 KINKED = {"max"}  # no complex step: the order of complex numbers is not that of their real parts
 LINEAR = {

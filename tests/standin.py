@@ -76,6 +76,57 @@ def wait(reason: str) -> None:
     stats.syncs += 1
 
 
+# ---------------------------------------------------------------------- the streams
+class Stream:
+    """A queue of copies, each run as late as is legal: when something waits for it.
+
+    The null stream, on which all else is computed, never falls behind.
+    """
+
+    def __init__(self, null: bool = False, non_blocking: bool = False):
+        self.null, self.queue, self.done = null, [], 0
+
+    def issue(self, act: Callable[[], Any]) -> None:
+        self.queue.append(act)
+        if self.null:
+            self.run()
+
+    def run(self, until: int | None = None) -> None:
+        """Whatever was issued, or the first `until` acts of it."""
+        end = len(self.queue) if until is None else until
+        while self.done < end:
+            act, self.queue[self.done] = self.queue[self.done], None
+            self.done += 1
+            act()
+
+    def record(self) -> "Event":
+        return Event(self, len(self.queue))
+
+    def wait_event(self, event: "Event") -> None:
+        self.issue(lambda: event.stream.run(event.position))
+
+    def synchronize(self) -> None:
+        wait("synchronize")
+        self.run()
+
+
+@dataclass(frozen=True)
+class Event:
+    """A place in the queue of a stream."""
+
+    stream: Stream
+    position: int
+
+
+null_stream = Stream(null=True)
+get_current_stream = lambda: null_stream
+
+
+def alloc_pinned_memory(nbytes: int) -> bytearray:
+    """Host memory with whatever was there."""
+    return bytearray(b"\xff" * nbytes)
+
+
 # ------------------------------------------------------------------------ the array
 NUMBERS = (int, float, complex, np.generic)
 PLAIN = words("shape dtype ndim size nbytes itemsize strides flags")  # known to the host
@@ -120,19 +171,21 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
 
     def get(self, stream: Any = None, out: Any = None, blocking: bool = True) -> np.ndarray:
         """A copy on the host: the one door out, through which item, float, print, ... go too."""
-        if blocking:
-            wait("a copy to the host")
+        stream = stream or get_current_stream()
         stats.d2h += 1
         stats.d2h_bytes += self.nbytes
         host = np.empty(self.shape, self.dtype) if out is None else out
-        host[...] = self._a
+        stream.issue(lambda: np.copyto(host, self._a))
+        if blocking:
+            wait("a copy to the host")
+            stream.run()
         return host
 
     def set(self, host: np.ndarray, stream: Any = None) -> None:
         """Overwrite with a host array."""
         if not isinstance(host, np.ndarray) or (host.dtype, host.shape) != (self.dtype, self.shape):
             raise TypeError(f"set: expected a host array, {self.dtype} {self.shape}")
-        self._a[...] = host
+        (stream or get_current_stream()).issue(lambda: np.copyto(self._a, host))
         stats.h2d += 1
         stats.h2d_bytes += self.nbytes
 
@@ -378,7 +431,8 @@ def build() -> ModuleType:
     """The module, the same one each time; `sys.modules` is left as it is."""
     device = SimpleNamespace(id=0, synchronize=partial(wait, "synchronize"))
     cuda = SimpleNamespace(
-        Device=lambda number=0: device, get_current_stream=lambda: device,
+        Device=lambda number=0: device, get_current_stream=get_current_stream, Stream=Stream,
+        alloc_pinned_memory=alloc_pinned_memory,
         memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
         runtime=SimpleNamespace(getDeviceCount=lambda: 1, deviceSynchronize=device.synchronize),
     )  # fmt: skip

@@ -173,6 +173,11 @@ def test_a_restored_one_goes_on_to_the_bit(device, dev, host):
         two.restore(wrong)
 
 
+def test_averages_over_for_ever_are_refused():
+    with pytest.raises(MiniloraError, match=r"betas: expected .* found \(1.0, 0.999\)"):
+        AdamW8bit(drawn(), betas=(1.0, 0.999))
+
+
 def test_float64_is_refused():
     with pytest.raises(MiniloraError, match="float32"):
         AdamW8bit(Two(Parameter(np.ones((2, 2))), Tensor(np.ones(2))))
@@ -200,3 +205,54 @@ def test_adamw8bit_update_is_the_same_in_pieces(device, dev, host):
             adamw8bit_update(*args, **kinds, **options)
         results.append([host(a).tobytes() for a in args])
     assert results[0] == results[1]
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_bitsandbytes_takes_the_same_steps(decay):
+    """Twenty steps, each from the state that bitsandbytes left, with one parameter under 4,096.
+
+    Its CPU path, which is what runs here, decays before the update; its kernel, and we, after it:
+    they differ by lr · decay · update.  (It also looks codes up in 2^16 equal steps: near zero
+    that is more than a step of the map; see `test_blockwise.py`.)
+    """
+    torch, theirs = pytest.importorskip("torch"), pytest.importorskip("bitsandbytes").optim
+    torch._dynamo.config.disable = True
+    lr, start = 0.01, drawn()
+    ours = AdamW8bit(start, lr=lr, weight_decay=decay)
+    pair = [torch.nn.Parameter(torch.from_numpy(p.data.copy())) for p in (start.large, start.small)]
+    peer = theirs.AdamW8bit(pair, lr=lr, weight_decay=decay)
+    rng = np.random.default_rng(0)
+    tables = {"m": code("dynamic").table, "v": code("dynamic_unsigned").table}
+    for _ in range(20):
+        before = ours.flat.data.copy()
+        for g, p in zip(push(ours, rng, np.asarray).values(), pair, strict=True):
+            p.grad = torch.from_numpy(g)
+        ours.step()
+        peer.step()
+        their_p = np.concatenate([p.detach().numpy().ravel() for p in pair])
+        update = before - ours.flat.data / np.float32(1 - lr * decay)
+        expected = ours.flat.data - lr * decay * update  # theirs, had it our order
+        np.testing.assert_allclose(their_p, expected, rtol=0, atol=1e-6)
+        if decay:
+            assert np.abs(their_p - ours.flat.data).max() > 1e-6
+        large, small = (peer.state[p] for p in pair)
+        assert small["state1"].dtype == torch.float32  # fewer than 4,096
+        state = ours.state()
+        for name, number in (("m", 1), ("v", 2)):
+            np.testing.assert_allclose(
+                small[f"state{number}"].numpy().ravel(),
+                state[f"{name}.small"],
+                rtol=1e-5,
+                atol=1e-9,
+            )
+            found, scales = state[f"{name}.large"], state[f"scales_{name}.large"]
+            stored = large[f"state{number}"].numpy().ravel()
+            np.testing.assert_allclose(scales, large[f"absmax{number}"].numpy(), rtol=1e-6)
+            steps = np.abs(found.astype(int) - stored)
+            gap = np.abs(tables[name][found] - tables[name][stored])
+            assert ((steps <= 1) | (gap <= 2.0**-15)).all()
+            assert (steps == 0).mean() > 0.95
+            ours.moments["large"][name][:] = stored
+            ours.moments["large"][f"scales_{name}"][:] = large[f"absmax{number}"].numpy()
+        ours.flat.data[:] = their_p

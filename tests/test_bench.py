@@ -9,9 +9,10 @@ import pytest
 
 from minilora import MiniloraError, freeze
 from minilora.lab import bench, bench_primitives
-from minilora.lab.bench_report import bench_figure, bench_report
+from minilora.lab.bench_ours import OurOptimizer, expect_threads, sums
+from minilora.lab.bench_report import bench_figure, bench_report, how, speedups, why
 from minilora.lab.bench_shapes import SHAPES, Job, flops, starting_tree, tokens
-from minilora.lab.bench_worker import Worker
+from minilora.lab.bench_worker import Worker, blas_threads
 
 
 @pytest.fixture(autouse=True)
@@ -174,6 +175,116 @@ def test_its_figures(record, tmp_path, suite):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_a_figure_says_of_its_bars(record):
+    case, row = record["cases"][0] | {"measure": "wall"}, record["cases"][0]["rows"][1]
+    assert (why(row), why({"error": "x"}), why({"passed": False})) == (
+        "", "failed", "refused by the gate",
+    )  # fmt: skip
+    said = lambda *clocks: how(record | {"cases": [case | {"measure": clock} for clock in clocks]})
+    assert "up to 1 thread; bars: median over 1 clean rounds" in said("wall")
+    assert "no clean window" in said("cpu")
+    assert "some by CPU time" in said("wall", "cpu")
+
+
+def test_no_clean_window_means_cpu_time_on_one_thread(monkeypatch):
+    """On a machine that is never quiet all rounds are dropped; then one thread, and it says so."""
+    monkeypatch.setattr(bench, "TURN", 0.01)
+    config = bench.BenchConfig(rounds=2, threads=2, patience=0.0, quiet=-1.0)
+    jobs = [Job(name, SHAPES["tiny"], threads=2) for name in ("minilora", "reference", "blas")]
+    case = bench.timed(jobs, config)
+    assert (case["measure"], case["dropped"], case["clean"]) == ("cpu", 2, 2)
+    assert [row["contender"] for row in case["rows"]] == ["minilora", "reference"]  # no "blas"
+    assert [row["working"] for row in case["rows"]] == [1, 1]
+    assert case["rows"][1]["ratio"] > 0
+    whole = {
+        "config": {"suite": "step"}, "gate": bench.GATE, "machine": bench.machine(),
+        "missing": [], "ceilings": {}, "cases": [case | {"title": "tiny lora", "threads": 2}],
+    }  # fmt: skip
+    assert "No clean round for tiny lora: these are CPU times on one thread" in bench_report(whole)
+
+
+# ------------------------------------------------------------------------------ threads
+
+
+def test_threads_are_asserted(monkeypatch):
+    import threadpoolctl
+
+    def pools(*numbers):
+        found = [{"user_api": "blas", "num_threads": n} for n in numbers]
+        monkeypatch.setattr(threadpoolctl, "threadpool_info", lambda: found)
+
+    pools(1)
+    assert expect_threads(2, 2) == 2  # two workers of one
+    assert expect_threads(1, 1) == 1
+    for numbers, threads, workers in (((1,), 2, 1), ((2,), 2, 2), ((2,), 1, 1), ((), 2, 2)):
+        pools(*numbers)
+        with pytest.raises(MiniloraError, match=r"expected \d threads in all, found"):
+            expect_threads(threads, workers)
+    pools(2)
+    assert expect_threads(2, 1) == 2  # one worker, and BLAS at two
+
+
+@pytest.mark.parametrize(
+    "contender, kind, width", [("minilora", "step", 1), ("blas", "step", 2), ("torch", "step", 2),
+    ("bnb", "quantize", 2), ("minilora", "generate", 2), ("minilora", "optimizer", 1)]
+)  # fmt: skip
+def test_the_width_of_a_product_in_each_worker(contender, kind, width):
+    assert blas_threads(Job(contender, SHAPES["S0"], kind=kind, threads=2)) == width
+
+
+def test_the_suite_of_threads():
+    config = bench.BenchConfig(suite="threads", shapes=("tiny",), threads=3, baselines=("blas",))
+    found = [(facts["title"], [(j.contender, j.threads) for j in jobs])
+             for facts, jobs in bench.cases(config)]  # fmt: skip
+    assert found == [
+        ("tiny lora, 1 thread", [("minilora", 1)]),
+        ("tiny lora, 2 threads", [("minilora", 2), ("blas", 2)]),
+        ("tiny lora, 3 threads", [("minilora", 3), ("blas", 3)]),
+    ]
+    row = lambda name, ms: {"contender": name, "ms": ms}
+    cases = [
+        {"shape": "S1", "mode": "lora", "measure": "wall", "threads": k, "rows": rows}
+        for k, rows in ((1, [row("minilora", 8.0)]), (2, [row("minilora", 5.0), row("blas", 6.0)]))
+    ]
+    assert speedups({"cases": cases}) == [
+        "S1 lora, minilora: 2 threads take 0.62 of the time of one.",
+        "S1 lora, minilora, BLAS threads: 2 threads take 0.75 of the time of one.",
+    ]
+
+
+# ----------------------------------------------------------------------- gates that can fail
+
+
+@pytest.mark.parametrize("change, passed", [({}, True), ({"lr": 1.01e-3}, False)])
+def test_the_gate_of_the_optimizer_sees_another_rate(change, passed):
+    """One percent of a rate: lost in the weights themselves, not in how far they went."""
+    rows = []
+    for options in ({}, change):
+        job = Job("reference", SHAPES["tiny"], kind="optimizer", threads=1, **options)
+        theirs = OurOptimizer(job)
+        theirs.build()
+        theirs.job = Job("reference", SHAPES["tiny"], kind="optimizer")  # both in the same unit
+        values = []
+        for _ in range(bench.GATE_STEPS):
+            theirs.before()
+            theirs.step()
+            values.append(theirs.value())
+        theirs.close()
+        rows.append({"contender": "x", "values": values})
+    assert bench.passes(rows[1], rows[0]) == passed
+
+
+def test_the_gate_of_quantization_sees_one_code():
+    codes, scales = np.arange(4096, dtype=np.uint8), np.ones(128, np.float32)
+    whole = sums(codes, scales)
+    assert sum(whole[:64]) == codes.sum()
+    other = codes.copy()
+    other[-1] ^= 1
+    a, b = ({"contender": "x", "values": [sums(c, scales)]} for c in (other, codes))
+    assert not bench.passes(a, b)
+    assert bench.passes(dict(b), b)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -209,3 +320,25 @@ def test_torch_passes_the_gate(monkeypatch):
     for case in bench.bench(config)["cases"]:
         assert [row["contender"] for row in case["rows"]] == ["minilora", "torch", "hf"]
         assert all(row.get("passed", True) and "error" not in row for row in case["rows"])
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(
+    "suite, mode, names",
+    [
+        ("optimizer", "lora", ["minilora", "torch"]),
+        ("optimizer", "full", ["minilora", "torch"]),
+        ("quantize", "qlora", ["minilora", "bnb"]),
+    ],
+)
+def test_torch_passes_the_other_gates(suite, mode, names, monkeypatch):
+    for name in bench.missing():
+        pytest.skip(f"needs {name}")
+    monkeypatch.setattr(bench, "TURN", 0.01)
+    config = bench.BenchConfig(
+        suite=suite, shapes=("S0",), modes=(mode,), rounds=1, threads=2, patience=0.1, quiet=1.0
+    )
+    (case,) = bench.bench(config)["cases"]
+    assert [row["contender"] for row in case["rows"]] == names
+    assert [row["working"] for row in case["rows"]] == [1, 2]
+    assert all(row["passed"] and "error" not in row for row in case["rows"])

@@ -1,5 +1,6 @@
 """The comparison: fair by construction, the same however many processes, plain in print."""
 
+import io
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from minilora import MiniloraError, get_task
+from minilora.engine.progress import progress
 from minilora.lab import compare as lab
 from minilora.lab import figures
 from minilora.lab.report import report
@@ -38,6 +40,7 @@ def test_the_record_holds_what_the_table_shows(record):
         assert len(arm["rates"]) >= 3
         assert len(arm["scores"]) == 2
         assert arm["mean"] == pytest.approx(np.mean(arm["scores"]))
+        assert arm["spread"] == pytest.approx(np.std(arm["scores"], ddof=1))
         best = min(arm["rates"], key=lambda rate: rate["val_loss"])
         assert arm["lr"] == best["lr"]
         assert arm["scores"][0] == best["score"]  # the selection run is the first of them
@@ -46,6 +49,8 @@ def test_the_record_holds_what_the_table_shows(record):
         assert set(arm["bytes"]) == {"weights", "gradients", "optimizer", "activations"}
         assert arm["ms_per_step"] > 0
     full, lora, _ = record["arms"]
+    assert lora["scores"][0] != lora["scores"][1]  # another seed, another A
+    assert full["bytes"]["activations"] == 8 * (64 * 64 + 64 * 48)  # x and the gap, no weight
     assert full["trainable"] == 48 * 64
     assert lora["trainable"] == 48 + 64
     assert full["bytes"]["gradients"] == 8 * full["trainable"]
@@ -133,6 +138,10 @@ def test_configs_of_no_meaning(options, message):
 
 
 def minilora(*arguments, cwd=None, env=None):
+    """The command of the package under test, wherever it runs."""
+    here = str(Path(lab.__file__).parents[2])
+    env = dict(env or os.environ)
+    env["PYTHONPATH"] = os.pathsep.join([*filter(None, [env.get("PYTHONPATH")]), here])
     command = [sys.executable, "-m", "minilora", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
 
@@ -140,7 +149,9 @@ def minilora(*arguments, cwd=None, env=None):
 def test_alone_it_prints_a_screenful():
     done = minilora()
     assert done.returncode == 0
-    assert 10 <= len(done.stdout.splitlines()) <= 40
+    lines = done.stdout.splitlines()
+    assert 10 <= len(lines) <= 23  # of a terminal's 24, the last for the prompt
+    assert max(map(len, lines)) <= 80
     assert "compare" in done.stdout
     assert all(name in done.stdout for name in tasks.TASKS)
 
@@ -154,6 +165,9 @@ def test_alone_it_prints_a_screenful():
         (["compare", "--methods", "magic"], "magic"),
         (["compare", "--seeds", "0"], "seeds"),
         (["compare", "--nonsense"], "--nonsense"),
+        (["compare", "--out", __file__], "expected a folder to write to, found"),
+        (["compare", "--out", f"{__file__}/deeper"], "expected a folder to write to, found"),
+        (["compare", "--task", "sort", "--data", "x.txt"], "--data"),
         (["conpare"], "conpare"),
         (["pretrain", "dreams"], "dates"),
     ],
@@ -181,18 +195,35 @@ def test_a_run_writes_its_record_and_figures(tmp_path):
     assert json.loads(as_json.stdout)["kind"] == "compare"
 
 
-def test_without_matplotlib_the_table_still_comes(tmp_path):
+def test_with_numpy_alone_the_table_still_comes(tmp_path):
+    """Without matplotlib, and without what else makes it faster or shows how far it is."""
     blocked = tmp_path / "blocked"
-    (blocked / "matplotlib").mkdir(parents=True)
-    (blocked / "matplotlib" / "__init__.py").write_text("raise ImportError('not here')\n")
+    for name in ("matplotlib", "joblib", "tqdm", "threadpoolctl"):
+        (blocked / name).mkdir(parents=True)
+        (blocked / name / "__init__.py").write_text("raise ImportError('not here')\n")
     env = os.environ | {"PYTHONPATH": str(blocked)}
-    run = ["compare", "--task", "planted", "--quick", "--ranks", "2", "--jobs", "1"]
+    run = ["compare", "--task", "planted", "--quick", "--ranks", "2", "--jobs", "2"]
     done = minilora(*run, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     assert "lora r=2" in done.stdout
     assert 'pip install "minilora[lab]"' in done.stdout
     assert (tmp_path / "figures" / "compare_planted_quick.json").exists()
     assert not list((tmp_path / "figures").glob("*.png"))
+
+
+def test_progress_is_a_bar_on_a_terminal_and_nothing_in_a_pipe(monkeypatch):
+    class Screen(io.StringIO):
+        isatty = lambda self: True
+
+    for stream in (Screen(), io.StringIO()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        bar = progress(total=3, label="compare dates")
+        for _ in range(3):
+            bar.update(1)
+        bar.close()
+        shown = stream.getvalue()
+        assert ("compare dates" in shown and "0/3" in shown) == stream.isatty()
+        assert bool(shown) == stream.isatty()
 
 
 @pytest.mark.slow

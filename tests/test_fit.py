@@ -71,6 +71,21 @@ def test_any_cut_equals_the_big_batch(cut, device, host):
     np.testing.assert_allclose(a.history[-1]["loss"], b.history[-1]["loss"], rtol=1e-12)
 
 
+@pytest.mark.parametrize("cut", [{}, {"accumulate": 3}, {"shards": 2}])
+def test_a_step_is_divided_by_the_scored_tokens(cut, device, dev, host):
+    """p - lr (Σ gradient) / (scored tokens), with the tokens that are ignored in neither sum."""
+    few, o = data(12), optimizer(device, make=SGD, lr=0.5)
+    batch = {name: dev(array) for name, array in few.arrays.items()}
+    before, g = host(o.flat.data).copy(), loss(o.model, batch, None).backward()
+    o.flat.add(g)
+    wanted = before - 0.5 * host(o.flat.grad) / (few.arrays["targets"] != IGNORE).sum()
+    o.flat.grad.fill(0)
+    result = fit(o, loss, few, steps=1, batch=12, **cut)
+    np.testing.assert_allclose(host(o.flat.data), wanted, rtol=1e-10, atol=1e-13)
+    norm = np.linalg.norm(before - wanted) / 0.5
+    np.testing.assert_allclose(result.history[-1]["norm"], norm, rtol=1e-10)
+
+
 def test_shards_do_not_depend_on_threads(device, host, monkeypatch):
     import minilora.train.parallel as parallel
 
@@ -201,12 +216,18 @@ def test_a_bad_gradient_names_its_step_and_parameter(shards, device):
         fit(optimizer(device), spoiled, data(), steps=10, batch=8, every=5, shards=shards)
 
 
-def test_a_bad_loss_is_an_error(device):
-    def bad(model, batch, rng):
-        return loss(model, batch, rng) + float("inf")
+@pytest.mark.parametrize("cut", [{}, {"accumulate": 2}, {"shards": 2}])
+def test_a_bad_loss_names_its_step(cut, device):
+    """Infinite at step 3 alone, where every gradient is finite; noticed at the record."""
+    calls = []
 
-    with pytest.raises(NumericsError, match="by step 2: the loss is inf"):
-        fit(optimizer(device), bad, data(), steps=2, batch=8)
+    def bad(model, batch, rng):
+        calls.append(1)
+        spoiled = len(calls) == 3 * sum(cut.values() or [1])
+        return loss(model, batch, rng) + (float("inf") if spoiled else 0.0)
+
+    with pytest.raises(NumericsError, match="step 3: the loss is inf"):
+        fit(optimizer(device), bad, data(), steps=5, batch=8, every=5, **cut)
 
 
 @pytest.mark.parametrize("option", ["steps", "every", "accumulate", "shards", "batch"])

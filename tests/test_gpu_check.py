@@ -55,3 +55,12 @@ def test_a_wrong_rule_on_the_device_fails_it(device, monkeypatch):
     bad = [row for row in record["ops"] if row["gap"] > gpu_check.TOLERANCE]
     assert [(row["op"], row["rules"]) for row in bad] == [("mul", "fast")]
     assert "FAILED" in gpu_check.gpu_report(record)
+
+
+def test_the_command_says_skipped_and_exits_with_zero(device, monkeypatch, tmp_path, capsys):
+    from minilora.cli import main
+
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert main(["gpu-check", "--out", str(tmp_path / "gpu")]) == 0
+    assert "gpu-check skipped: CuPy is not installed" in capsys.readouterr().out
+    assert not (tmp_path / "gpu").exists()

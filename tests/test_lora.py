@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import (
+    SGD,
     AdamW,
     LoRALinear,
     Parameter,
@@ -119,6 +120,22 @@ def test_a_change_of_basis_inside_changes_nothing(dev, device, host, sizes):
     np.testing.assert_allclose(host(other(x).data), host(node(x).data), rtol=1e-9, atol=1e-9)
 
 
+@given(SIZES, st.sampled_from([AdamW, SGD]))
+def test_training_leaves_the_bytes_of_the_base(dev, device, host, sizes, make):
+    d_out, d_in, r, n = sizes
+    node, x = layer(device, d_out, d_in, r), inputs(dev, n, d_in)
+    before = {path: host(t.data).tobytes() for path, t in tensors(node.base).items()}
+    optimizer = make(node, lr=1e-3, weight_decay=0.1)
+    for _ in range(3):
+        (optimizer.model(x) * 1.5).sum().backward(into=optimizer.gradients)
+        optimizer.step()
+    trained = optimizer.model
+    assert host(trained.B.data).tobytes() != host(node.B.data).tobytes()
+    assert host(trained.A.data).tobytes() != host(node.A.data).tobytes()
+    assert trained.base.weight.data is node.base.weight.data
+    assert {p: host(t.data).tobytes() for p, t in tensors(trained.base).items()} == before
+
+
 @pytest.mark.parametrize("stabilized", [False, True])
 @given(st.integers(1, 64), st.floats(0.5, 64))
 def test_the_scale(device, stabilized, r, alpha):
@@ -144,7 +161,7 @@ def test_dropout_acts_on_the_detour_alone_and_only_with_an_rng(dev, device, host
 # ------------------------------------------------------------------------- whole models
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(device):
     config = TransformerConfig(vocab=11, width=16, layers=2, heads=2, context=16)
     return to_device(freeze(init_transformer(config, np.random.default_rng(0), 0.2)), device)
@@ -154,10 +171,16 @@ def some_ids(dev, shape=(2, 8)):
     return dev(np.random.default_rng(1).integers(0, 11, shape))
 
 
-@pytest.mark.parametrize("rank", [1, 3])
-def test_the_count_is_the_formula(model, rank):
-    adapted = adapt(model, rank=rank, rng=np.random.default_rng(0))
-    linears = [n for p, n in walk(model) if isinstance(n, Linear) and p != "head"]
+NAMES = ("query", "key", "value", "output", "gate", "up", "down", "head")
+
+
+@given(st.integers(1, 20), st.sets(st.sampled_from(NAMES), min_size=1))
+def test_the_count_is_the_formula(model, rank, targets):
+    """Σ r (d_in + d_out) over the linears that are targeted, and no other number trains."""
+    adapted = adapt(model, targets, rank=rank, rng=np.random.default_rng(0))
+    linears = [
+        n for p, n in walk(model) if isinstance(n, Linear) and p.rpartition(".")[2] in targets
+    ]
     expected = sum(rank * sum(n.shape) for n in linears)
     assert count(adapted, trainable=True) == expected
     assert trainable_share(adapted) == expected / (count(model) + expected)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from op_table import KINKED, LINEAR, TABLE, UPDATES, name_of, placed
+from op_table import AXIS_WANTED, KINKED, LINEAR, TABLE, UPDATES, name_of, placed
 
 import minilora
 from minilora.engine import fused, tensor
@@ -33,8 +33,8 @@ def rules_of_the_library():
         if info.name.endswith(("__main__", "bench_peers", "bench_torch")):  # these need torch
             continue
         for value in vars(importlib.import_module(info.name)).values():
-            if isinstance(value, Rule):
-                found[value.__name__] = value
+            if isinstance(value, Rule):  # under one name, one rule: none may hide another
+                assert found.setdefault(value.__name__, value) is value, value.__name__
     return found
 
 
@@ -45,6 +45,19 @@ def test_every_op_has_an_entry_and_every_other_rule_a_test():
     assert rules.keys() - ops == UPDATES.keys()
     for name, file in UPDATES.items():
         assert name in (Path(__file__).parent / file).read_text(), name
+
+
+def test_every_op_meets_no_entries_and_a_single_number():
+    """0-size and 0-d arguments; the other tests of the table then say what they give."""
+    names = {sample.op.__name__ for sample in TABLE}
+    empty = set()
+    for sample in TABLE:
+        function, arrays, _, _ = placed(sample, "cpu")
+        sizes = [a.size for a in arrays] + [p.size for p in parts(function(*map(Tensor, arrays)))]
+        empty |= {sample.op.__name__} if 0 in sizes else set()
+    assert names - empty == set()
+    single = {sample.op.__name__ for sample in TABLE if () in sample.shapes}
+    assert names - single == AXIS_WANTED
 
 
 @every_op
@@ -88,6 +101,7 @@ def test_dtype_is_kept_and_arguments_are_left_alone(sample, dtype, device, host)
     found, value = gradients(function, arrays, w)
     assert all(part.dtype == dtype for part in parts(value))
     for g, a in zip(found, arrays, strict=True):
+        assert type(g) is type(a)  # an array even where NumPy has made a number of it
         assert g.dtype == dtype
         assert g.shape == a.shape
     assert [host(a).tobytes() for a in arrays] + [host(p).tobytes() for p in parts(w)] == before

@@ -25,6 +25,7 @@ from minilora.lab.quantize import (
     QuantizeConfig,
     codes_figure,
     errors,
+    frontier,
     levels_figure,
     quantize_lab,
     quantize_report,
@@ -201,6 +202,15 @@ def test_equal_bits_are_told_honestly(tmp_path):
     double = by["nf4", 64, "double"]
     assert abs(double["bits"] - 4.126953125) < 1e-3
     assert double["rmse"] < by["int4_max", 128, "float16"]["rmse"]
+    front = frontier(record["equal_bits"])
+    points = [(e["bits"], e["rmse"]) for e in record["equal_bits"]]
+    assert (q40["bits"], q40["rmse"]) in front
+    assert (nf4["bits"], nf4["rmse"]) not in front
+    for bits, rmse in points:  # on the front, or beaten by one that is
+        assert any(b <= bits and r <= rmse for b, r in front)
+        assert ((bits, rmse) in front) == (not any(
+            b <= bits and r <= rmse and (b, r) != (bits, rmse) for b, r in points
+        ))  # fmt: skip
     text = quantize_report(record)
     assert "int4_max" in text
     assert "mlp.up.weight" in text

@@ -62,3 +62,32 @@ def test_the_table_of_speed_is_that_of_the_committed_records():
         for suite in ("step", "memory")
     )
     assert bench_summary(steps, memory) in README
+
+
+def test_what_it_says_of_forgetting_is_in_the_record():
+    record = json.loads((ROOT / "figures" / "forgetting.json").read_text())
+    assert record["config"]["seeds"] >= 3
+    paths = {arm["name"]: arm["mean"] for arm in record["arms"]}
+    lost = {name: path[-1]["old"] - path[0]["old"] for name, path in paths.items()}
+    assert f"has lost {lost['full, lr 0.001']:.1f} nats on the plays" in README
+    most = max(loss for name, loss in lost.items() if "r=2" in name)
+    assert re.search(rf"at most {most:.1f}; but of all runs", README)
+    best = {name: min(path, key=lambda p: p["new"]) for name, path in paths.items()}
+    for key in ("new", "old"):  # learned most, and forgot least
+        assert min(best, key=lambda name: best[name][key]) == "full, lr 0.0003"
+    assert "full fine-tuning at its\nslower rate is the best on the new text" in README
+
+
+def test_the_record_of_speed_holds_what_the_fused_ops_are_for():
+    """A step at least 1.15 times as fast as on the primitives; LoRA no slower than torch."""
+    record = json.loads((ROOT / "figures" / "bench_step.json").read_text())
+    ratios = {
+        (case["title"], row["contender"]): row["ratio"]
+        for case in record["cases"]
+        for row in case["rows"]
+        if "ratio" in row
+    }
+    fused = [ratio for (_, contender), ratio in ratios.items() if contender == "primitives"]
+    assert len(fused) >= 6
+    assert max(fused) <= 1 / 1.15
+    assert max(ratios["S1 lora", "torch"], ratios["S2 lora", "torch"]) <= 1

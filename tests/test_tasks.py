@@ -1,18 +1,16 @@
 """Every task: drawn from its seed, split without overlap, known by its base, learnable."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+import minilora
 from minilora import (
     AdamW,
-    Data,
     MiniloraError,
-    Settings,
-    Splits,
-    Task,
-    Tensor,
     adapt,
-    evaluate,
     fit,
     get_task,
     parameters,
@@ -22,13 +20,11 @@ from minilora import (
 )
 from minilora.engine.errors import FormatError
 from minilora.engine.loss import IGNORE
-from minilora.lab import forgetting, swap
+from minilora.lab import forgetting, report, swap
 from minilora.lab.compare import CompareConfig, compare
 from minilora.lab.task_figures import forgetting_figure, swap_figure
-from minilora.model.layers import Linear
 from minilora.train import digits, facts, letters, text
 from minilora.train.pretrain import RECIPES, pretrain
-from minilora.train.task import squared_error
 from minilora.train.tasks import TASKS
 
 every_task = pytest.mark.parametrize("name", TASKS)
@@ -202,38 +198,26 @@ def test_a_file_that_is_no_text_is_named(content, message, tmp_path):
 # ------------------------------------------------------------------------- a task of one's own
 
 
-def my_task():
-    """Fifteen lines: the task of learning to add two numbers, from a layer that knows nothing."""
-
-    def draw(seed, n):
-        x = np.random.default_rng(seed).standard_normal((n, 2)).astype("float32")
-        return Data({"x": x, "y": x.sum(axis=1, keepdims=True)})
-
-    return Task(
-        name="add",
-        about="a linear layer learns to add",
-        metric="squared error",
-        lower_is_better=True,
-        base=lambda: Linear(Tensor(np.zeros((1, 2), "float32"))),
-        splits=lambda seed: Splits(draw(seed, 512), draw(seed + 1, 128), draw(0, 128)),
-        loss=squared_error,
-        score=lambda model, data: evaluate(model, squared_error, data),
-        settings=Settings(
-            steps=200,
-            batch=32,
-            full_rates=(0.01, 0.03, 0.1),
-            lora_rates=(0.01, 0.03, 0.1),
-            targets="*",
-            ranks=(1,),
-        ),
-    )
+README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-def test_a_task_of_ones_own_is_compared_like_any_other(monkeypatch):
-    monkeypatch.setitem(TASKS, "add", my_task)
-    record = compare(CompareConfig(task="add", methods=("full", "lora"), seeds=2, jobs=1))
+def test_the_task_of_the_readme_is_compared_like_any_other(monkeypatch):
+    """Both blocks as they are printed; the first in fifteen lines."""
+    match = re.search(
+        r"<!-- task: begin -->\n```python\n(.*?)```\n<!-- task: end -->\n\n```python\n(.*?)```",
+        README, re.DOTALL,
+    )  # fmt: skip
+    task, use = match.groups()
+    assert len([line for line in task.splitlines() if line.strip()]) <= 15
+    kept = []
+    monkeypatch.setattr(report, "report", lambda record: kept.append(record) or "")
+    monkeypatch.setitem(TASKS, "adding", None)  # so that it is taken out again
+    exec(task + use, {"np": np, "ml": minilora})
+    (record,) = kept
     assert record["base"]["score"] > 1
+    assert [arm["name"] for arm in record["arms"]] == ["full", "lora r=1"]
     assert all(arm["mean"] < 1e-3 for arm in record["arms"])
+    assert record["task"]["lower_is_better"]
 
 
 # --------------------------------------------------------------------- bases, paths, matrix

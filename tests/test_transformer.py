@@ -184,6 +184,11 @@ def test_batch_mates_make_no_difference(options, device):
     assert generate(model, prompts[::-1], 8, seeds=[8, 7, 6, 5], **options) == together[::-1]
 
 
+def test_a_model_that_trains_writes_as_its_frozen_view_does(device):
+    model = built("llama", device)
+    assert generate(model, [[1, 2, 3]], 6) == generate(freeze(model), [[1, 2, 3]], 6)
+
+
 def test_streams_belong_to_rows_and_repeat(device):
     model = freeze(built("llama", device))
     same = [[1, 2, 3]] * 4
@@ -238,6 +243,67 @@ def test_top_k_one_is_greedy_and_cold_is_greedy():
         assert draw(np.array([0.0, 3.0, 2.0]), u, 1.0, None, 1e-9) == 1
 
 
+def test_no_cut_is_plain_sampling_and_cold_is_greedy_in_a_whole_generation(device):
+    model = freeze(built("llama", device))
+    prompts = [[1, 2, 3], [4, 5], [6]]
+    plain = generate(model, prompts, 12, temperature=1.3)
+    assert generate(model, prompts, 12, temperature=1.3, top_k=19, top_p=1.0) == plain
+    assert plain != generate(model, prompts, 12)
+    assert generate(model, prompts, 12, temperature=1e-6) == generate(model, prompts, 12)
+
+
+def test_the_whole_is_kept_at_top_p_one_however_unlikely():
+    z = np.array([0.0, -60.0, 1.0])  # the second has a share of 2e-27, lost in any sum
+    for u in (0.0, 0.3, np.nextafter(1, 0)):
+        assert draw(z, u, 1.0, 3, 1.0) == draw(z, u, 1.0, None, None)
+    only = np.array([-60.0, 1.0, 0.0])  # and comes first, where u = 0 finds it
+    assert draw(only, 0.0, 1.0, None, 1.0) == draw(only, 0.0, 1.0, None, None) == 0
+
+
+# chi-squared with 15 degrees of freedom exceeds this with probability 1e-4 (in SciPy's words
+# chi2.isf(1e-4, 15)).
+CHI2_15 = 44.263
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.6])
+def test_a_hundred_thousand_draws_of_sixteen_tokens(temperature):
+    z = np.random.default_rng(11).standard_normal(16) * 1.5
+    p = np.exp(z / temperature) / np.exp(z / temperature).sum()
+    stream, n = np.random.default_rng(12), 100_000
+    counts = np.bincount(
+        [draw(z, u, temperature, None, None) for u in stream.random(n)], minlength=16
+    )
+    assert ((counts - n * p) ** 2 / (n * p)).sum() < CHI2_15
+    off = p * np.where(np.arange(16) % 2, 1.05, 0.95)  # what a biased sampler would draw from
+    assert ((counts - n * off) ** 2 / (n * off)).sum() > CHI2_15
+
+
+@pytest.mark.parametrize(
+    "options, draws",
+    [((None, None), 10_000), ((5, None), 10_000), ((None, 0.7), 10_000), ((9, 0.9), 100_000)],
+)
+def test_banned_tokens_are_never_drawn(options, draws):
+    """A token of logit -inf, and one that top-k or top-p cut; all others are."""
+    z = np.random.default_rng(13).standard_normal(16)
+    z[[0, 6, 15]] = -np.inf
+    top_k, top_p = options
+    p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+    order = np.argsort(-p, kind="stable")
+    kept = order[: top_k or 13]
+    if top_p is not None:
+        kept = kept[: 1 + int((np.cumsum(p[kept]) / p[kept].sum() < top_p).sum())]
+    u = np.concatenate([[0.0, np.nextafter(1, 0)], np.random.default_rng(14).random(draws)])
+    assert {draw(z, v, 1.0, top_k, top_p) for v in u} == set(kept.tolist())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_broke_generates_nothing(temperature, device, host):
+    model = freeze(built("llama", device))
+    model.norm.weight.data[...] = math.nan
+    with pytest.raises(NumericsError, match="finite logits"):
+        generate(model, [[1, 2], [3]], 3, temperature=temperature)
+
+
 @pytest.mark.parametrize(
     "arguments, options, message",
     [
@@ -253,6 +319,10 @@ def test_top_k_one_is_greedy_and_cold_is_greedy():
         (([[1, -1]], 1), {}, r"0\.\.18, found -1"),
         (([[1]], 48), {}, "at most 48 positions, found 49"),
         (([[1]], 2), {"seeds": [1, 2]}, "one for each of 1 prompts, found 2"),
+        (([[1]], 2), {"seeds": -1}, "seeds: expected whole numbers >= 0, found -1"),
+        (([[1]], 2), {"seeds": [0.5]}, "seeds: expected whole numbers >= 0, found 0.5"),
+        (([[1]], 2), {"top_k": 2.5}, "top_k: expected a whole number"),
+        (([[1]], 2.5), {}, "new_tokens: expected a whole number"),
     ],
 )
 def test_what_generate_refuses(arguments, options, message, device):

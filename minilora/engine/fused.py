@@ -13,7 +13,7 @@ from .tensor import op
 
 def rows(a):
     """Flatten all axes but the last: (..., d) -> (n, d)."""
-    return a.reshape(-1, a.shape[-1])
+    return a.reshape(math.prod(a.shape[:-1]), a.shape[-1])  # no -1: d may be 0
 
 
 @op

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from .backend import xp_of
 from .errors import MiniloraError
 
 
@@ -94,6 +95,8 @@ def pull(outputs: Sequence[Any], cotangents: Iterable, into: dict | None = None)
             for parent, cotangent in zip(parents, cotangents, strict=True):
                 if cotangent is not None:
                     arrive(parent, cotangent)
+    if into is None:  # NumPy makes a number of what it computes from 0-d arrays
+        gradients = {p: xp_of(g).asarray(g) for p, g in gradients.items()}
     return gradients
 
 

@@ -30,9 +30,9 @@ def _(xp, q, k, v, *, positions=None, tile=64, wants):
     scale = 1 / math.sqrt(D)
     dtype = q.dtype
     out = np.empty((N, T, H, D), dtype)
-    lse = np.empty((N, K, H // K, T, 1), dtype) if any(wants) else None
+    lse = np.empty((N, K, H // K, 1, T), dtype) if any(wants) else None
     q_, k_, v_, out_ = (by_head(a, K) for a in (q, k, v, out))
-    above = np.triu(np.full((tile, tile), -np.inf, dtype), 1)
+    later = np.tril(np.full((tile, tile), -np.inf, dtype), -1)  # [key, query]: not to be seen
     together_ = max(1, 2 * BLOCK // (H * min(T, tile) * T))
     tiles = [
         (slice(n, min(n + together_, N)), slice(t, min(t + tile, T)), slice(0, min(t + tile, T)))
@@ -41,45 +41,66 @@ def _(xp, q, k, v, *, positions=None, tile=64, wants):
     ]
 
     def scores(n, mine, seen):
-        """q kᵀ / √D of one tile, -inf above the diagonal, and q / √D."""
-        queries = q_[n, ..., mine, :]
+        """k qᵀ / √D of one tile, -inf below the diagonal: keys down, queries across."""
+        queries = swap(q_[n, ..., mine, :])  # (n, K, H/K, D, t)
         scaled = np.multiply(queries, scale, out=arena.take("queries", queries.shape, dtype))
-        s = arena.take("scores", (*queries.shape[:-1], seen.stop), dtype)
-        np.matmul(scaled, swap(k_[n, ..., seen, :]), out=s)
-        s[..., mine] += above[: queries.shape[-2], : queries.shape[-2]]
-        return s, scaled
+        t = queries.shape[-1]
+        s = arena.take("scores", (*queries.shape[:-2], seen.stop, t), dtype)
+        np.matmul(k_[n, ..., seen, :], scaled, out=s)
+        s[..., mine, :] += later[:t, :t]
+        return s
 
     for n, mine, seen in tiles:
-        s, _ = scores(n, mine, seen)
-        top = s.max(axis=-1, keepdims=True)
+        s = scores(n, mine, seen)
+        top = largest(s)
         s -= top
         np.exp(s, out=s)
-        total = s.sum(axis=-1, keepdims=True)
+        total = np.matmul(ones(seen.stop, dtype), s)
         part = out_[n, ..., mine, :]
-        np.matmul(s, v_[n, ..., seen, :], out=part)
-        part /= total
+        np.matmul(swap(s), v_[n, ..., seen, :], out=part)
+        part /= swap(total)
         if lse is not None:
             np.log(total, out=total)
-            np.add(top, total, out=lse[n, ..., mine, :])
+            np.add(top, total, out=lse[n, ..., mine])
 
     def pullback(g, wants):
         dq, dk, dv = np.empty(q.shape, dtype), np.zeros(k.shape, dtype), np.zeros(v.shape, dtype)
         g_, dq_, dk_, dv_ = (by_head(a, K) for a in (g, dq, dk, dv))
         for n, mine, seen in tiles:
-            s, scaled = scores(n, mine, seen)
+            s = scores(n, mine, seen)
+            s -= lse[n, ..., mine]
+            np.exp(s, out=s)  # Pᵀ
             mine, seen = (n, ..., mine, slice(None)), (n, ..., seen, slice(None))
-            s -= lse[mine]
-            np.exp(s, out=s)  # P
-            add_heads(dv_[seen], swap(s), g_[mine])
-            ds = np.matmul(g_[mine], swap(v_[seen]), out=arena.take("ds", s.shape, dtype))
-            ds -= np.vecdot(g_[mine], out_[mine])[..., None]
-            ds *= s  # times √D: the scale comes in with the queries, and at the end for dq
-            np.matmul(ds, k_[seen], out=dq_[mine])
-            add_heads(dk_[seen], swap(ds), scaled)
+            add_heads(dv_[seen], s, g_[mine])
+            across = arena.take("cotangents", swap(g_[mine]).shape, dtype)
+            across[...] = swap(g_[mine])
+            ds = np.matmul(v_[seen], across, out=arena.take("ds", s.shape, dtype))
+            ds -= np.vecdot(g_[mine], out_[mine])[..., None, :]
+            ds *= s  # times √D: the scale comes at the end
+            np.matmul(swap(ds), k_[seen], out=dq_[mine])
+            add_heads(dk_[seen], ds, q_[mine])
         dq *= scale
+        dk *= scale
         return dq, dk, dv
 
     return out, together(pullback)
+
+
+@lru_cache(maxsize=64)
+def ones(n, dtype):
+    """(1, n): a sum down the columns as a product, which is the fastest that NumPy has."""
+    return np.ones((1, n), dtype)
+
+
+def largest(s):
+    """The maximum of each column of (..., n, t): halves against each other, in whole vectors."""
+    while (n := s.shape[-2]) > 1:
+        half = n // 2
+        pairs = np.maximum(s[..., :half, :], s[..., half : 2 * half, :])
+        if n % 2:
+            np.maximum(pairs[..., :1, :], s[..., -1:, :], out=pairs[..., :1, :])
+        s = pairs
+    return s if s.base is None else s.copy()
 
 
 def one_query(q, k, v, positions):

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from ..engine.workers import spread
 from ..quant.blockwise import (
     block_scales,
     dequantize_blocks,
@@ -39,13 +40,14 @@ def _(xp, w, *, code, block=64):
             return NotImplemented  # the specification finds the first bad weight
         last = quantize_blocks.specification(np, flat[whole:], code=code, block=block)
         packed[whole // lanes :], scales[whole // block :] = last
-    for part in blocks(whole, CHUNK):
+
+    def store(part):
         x = flat[:whole][part]
         peak = abs(x)
         while peak.size > x.size // block:  # pairs, pairs of pairs, ...: whole vectors at a time
             peak = np.maximum(peak[0::2], peak[1::2])
         if not fits(np, peak):
-            return NotImplemented
+            return False
         rows = x.reshape(-1, block)
         s = scales[part.start // block :][: len(rows)]
         s[:] = block_scales(np, rows, peak, code)
@@ -55,6 +57,10 @@ def _(xp, w, *, code, block=64):
         np.multiply(rows, inverse, out=v)
         stored = nearest(v.reshape(-1), code)
         packed[part.start // lanes :][: x.size // lanes] = stored if lanes == 1 else joined(stored)
+        return True
+
+    if not all(spread(store, blocks(whole, CHUNK))):
+        return NotImplemented  # the specification finds the first bad weight
     return packed, scales
 
 
@@ -123,7 +129,8 @@ def _(xp, packed, scales, *, code, block=64, out):
     flat = out.reshape(-1)
     n, whole = out.size, out.size - out.size % block
     lanes, table = 8 // code.bits, meanings(code)
-    for part in blocks(whole, CHUNK):
+
+    def restore(part):
         x = flat[:whole][part]
         y = x if x.dtype == np.float32 else arena.take("dequant", x.shape, np.dtype(np.float32))
         stored = packed[part.start // lanes :][: x.size // lanes]
@@ -132,6 +139,8 @@ def _(xp, packed, scales, *, code, block=64, out):
         rows *= scales[part.start // block :][: len(rows), None]
         if y is not x:
             x[:] = y
+
+    spread(restore, blocks(whole, CHUNK))
     if whole < n:
         dequantize_blocks.specification(
             np, packed[whole // lanes :], scales[whole // block :],

@@ -26,6 +26,7 @@ class Step:
 
     `inputs` get a cotangent each: a new array, or with `alias` the one that arrives.  `extra`
     are bytes made and dropped at once: gradients of weights on their way to the flat buffer.
+    `within` are the temporaries of the pullback itself: the op's scratch, not the engine's.
     """
 
     kept: list[Value]
@@ -33,6 +34,7 @@ class Step:
     outputs: list[Value]
     alias: bool = False
     extra: int = 0
+    within: int = 0
     inner: "Tape | None" = None  # recomputed: the block's own tape
 
 
@@ -45,6 +47,10 @@ class Tape:
     seen: set[int] = field(default_factory=set)
     alive: list = field(default_factory=list)  # so that no id is used twice
     steps: list[Step] = field(default_factory=list)
+    averages: Value = field(init=False)  # the row of 1/C, one for all norms of a model
+
+    def __post_init__(self) -> None:
+        self.averages = Value(self.setting.number * self.setting.config.width, False)
 
     def op(self, name: str, inputs: list[Value], output: Value, kept: tuple = (), **more) -> Value:
         """Note an op; `output` comes back.  Nothing is noted where nothing wants a gradient."""
@@ -81,12 +87,11 @@ class Tape:
         return self.op("linear", [x], y)
 
     def norm(self, x: Value) -> Value:
-        """Keeps n, 1/√, and a row of 1/C."""
+        """Keeps n, 1/√, and the row of 1/C."""
         config = self.setting.config
         name = "rms_norm" if config.norm == "rms" else "layer_norm"
         wants = x.wants or self.setting.method == "full"
-        row = Value(self.setting.number * config.width, False)
-        kept = (self.value(config.width, False), self.value(1, False), row)
+        kept = (self.value(config.width, False), self.value(1, False), self.averages)
         return self.op(name, [x], self.value(config.width, wants), kept)
 
     def add(self, a: Value, b: Value) -> Value:
@@ -155,7 +160,7 @@ def block(tape: Tape, x: Value, i: int, shapes: dict, chosen: set[str], turns: V
         gate, up = linear(n, "gate"), linear(n, "up")
         h = tape.value(config.inner, gate.wants or up.wants)
         # The specification's pullback: σ, and products of the way back, six arrays at most.
-        tape.op("swiglu", [gate, up], h, (gate, up), extra=2 * h.nbytes)
+        tape.op("swiglu", [gate, up], h, (gate, up), within=2 * h.nbytes)
     return tape.add(x, linear(h, "down"))
 
 
@@ -180,14 +185,17 @@ def saved_activations(setting: Setting) -> dict[str, int]:
     return forward(setting).sizes
 
 
-def transient_peak(setting: Setting) -> int:
+def transient_peak(setting: Setting, within: bool = True) -> int:
     """The most bytes alive on the way back beyond what stays from step to step and scratch:
-    saved activations not yet freed, and cotangents."""
+    saved activations not yet freed, and cotangents.
+
+    With `within` also what a pullback makes for itself, which the engine never sees.
+    """
     tape = forward(setting)
-    return walk_back(tape, sum(tape.sizes.values()))
+    return walk_back(tape, sum(tape.sizes.values()), within)
 
 
-def walk_back(tape: Tape, live: int, gather: bool = False) -> int:
+def walk_back(tape: Tape, live: int, within: bool, gather: bool = False) -> int:
     """Play the steps from the last to the first; the largest number of bytes alive at once.
 
     With `gather` gradients of weights stay alive, as they do where they are returned.
@@ -208,7 +216,7 @@ def walk_back(tape: Tape, live: int, gather: bool = False) -> int:
             # Its input is held already; its output, and all its gradients, live until it ends.
             saved = sum(inside.sizes.values()) + step.outputs[0].nbytes
             saved -= inside.sizes_of(step.kept)
-            peak = max(peak, walk_back(inside, live + saved, gather=True))
+            peak = max(peak, walk_back(inside, live + saved, within, gather=True))
         for value in step.inputs:
             new = g if step.alias else [value.nbytes, 0]
             if not step.alias:
@@ -223,7 +231,7 @@ def walk_back(tape: Tape, live: int, gather: bool = False) -> int:
                 old[1] -= 1
                 live -= old[0] if old[1] == 0 else 0
                 waiting[id(value)] = [value.nbytes, 1]
-        peak = max(peak, live + step.extra)
+        peak = max(peak, live + step.extra + step.within * within)
         live += step.extra * gather
         for cotangent in arrived:
             cotangent[1] -= 1

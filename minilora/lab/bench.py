@@ -21,7 +21,7 @@ from .bench_shapes import MODES, SHAPES, Job, Shape, flops
 from .bench_worker import Worker
 from .machine import Load, machine
 
-SUITES = ("step", "memory", "generate", "optimizer", "quantize", "scaling")
+SUITES = ("step", "memory", "generate", "optimizer", "quantize", "scaling", "threads")
 BASELINES = {  # what it is called in print, and the suites that it runs in
     "torch": ("torch eager + PEFT", SUITES),
     "hf": ("Hugging Face + PEFT", ("step", "memory", "generate")),
@@ -30,7 +30,7 @@ BASELINES = {  # what it is called in print, and the suites that it runs in
     "erf": ("torch eager, erf-GELU", ("step",)),
     "primitives": ("our primitives", ("step", "memory", "scaling")),
     "reference": ("our specifications", SUITES),
-    "blas": ("minilora, BLAS threads", ("step", "memory")),
+    "blas": ("minilora, BLAS threads", ("step", "memory", "threads")),
 }
 NEEDS_TORCH = ("torch", "hf", "compile", "erf", "bnb")
 ON_REQUEST = ("erf", "reference", "blas")  # and primitives beside scaling
@@ -76,12 +76,13 @@ class BenchConfig:
         Four bits are raced against bitsandbytes and our own variants; the rest never is.
         """
         kind = self.suite if self.suite in ("generate", "optimizer", "quantize") else "step"
-        first = Job("minilora", shape, kind, mode, self.threads, **options)
+        first = Job("minilora", shape, kind, mode, **{"threads": self.threads} | options)
         ours = ("primitives", "reference", "blas")
         rivals = [
             name
             for name in self.contenders()
-            if (name == "bnb") == (mode == "qlora") or (name in ours and name != "primitives")
+            if ((name == "bnb") == (mode == "qlora") or (name in ours and name != "primitives"))
+            and not (name == "blas" and first.threads == 1)
         ]
         return [first] + [replace(first, contender=name) for name in rivals]
 
@@ -92,14 +93,12 @@ class BenchConfig:
             if self.baselines is None
             else self.baselines
         )
-        if self.suite == "scaling" and self.baselines is None:
-            wanted = ["torch"]
+        if self.baselines is None and self.suite in ("scaling", "threads"):
+            wanted = ["torch"] if self.suite == "scaling" else ["torch", "blas"]
         return [
             name
             for name in wanted
-            if self.suite in BASELINES[name][1]
-            and not (name in NEEDS_TORCH and missing())
-            and not (name == "blas" and self.threads == 1)
+            if self.suite in BASELINES[name][1] and not (name in NEEDS_TORCH and missing())
         ]
 
 
@@ -125,7 +124,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     }
     for done, (facts, jobs) in enumerate(points):
         bar.set_postfix_str(facts["title"])
-        case = facts | {"threads": config.threads, "rank": jobs[0].rank}
+        case = facts | {"threads": jobs[0].threads, "rank": jobs[0].rank}
         if config.suite != "memory":
             case |= timed(jobs, config, lambda: bar.update(1))
         if config.suite in ("memory", "scaling"):
@@ -142,7 +141,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
 def cases(config: BenchConfig) -> Iterator[tuple[dict[str, Any], list[Job]]]:
     """What a suite measures, point by point: facts for the record, and the jobs to race."""
     usual = {"scaling": ("lora",), "generate": ("lora", "full"), "optimizer": ("lora", "full"),
-             "quantize": ("qlora",)}  # fmt: skip
+             "quantize": ("qlora",), "threads": ("lora",)}  # fmt: skip
     modes = config.modes or usual.get(config.suite, MODES)
     if config.suite == "scaling":
         for axis, value, shape, rank in scaling_points(SHAPES[(config.shapes or ("S1",))[0]]):
@@ -154,7 +153,18 @@ def cases(config: BenchConfig) -> Iterator[tuple[dict[str, Any], list[Job]]]:
     for name in config.shapes or ("S0", "S1", "S2", "S3"):
         for mode in modes:
             facts = {"title": f"{name} {mode}", "shape": name, "mode": mode}
-            yield facts | {"about": SHAPES[name].about}, config.jobs(SHAPES[name], mode)
+            facts |= {"about": SHAPES[name].about}
+            if config.suite != "threads":
+                yield facts, config.jobs(SHAPES[name], mode)
+                continue
+            for k in thread_counts(config.threads):
+                title = f"{name} {mode}, {k} thread{'s' if k > 1 else ''}"
+                yield facts | {"title": title}, config.jobs(SHAPES[name], mode, threads=k)
+
+
+def thread_counts(most: int) -> list[int]:
+    """1, 2, 4, ... and `most` itself."""
+    return sorted({1 << i for i in range(most.bit_length())} | {most})
 
 
 def scaling_points(base: Shape) -> Iterator[tuple[str, int, Shape, int]]:
@@ -286,6 +296,7 @@ def figures(rounds: list[list[dict]], i: int, steps: int, measure: str) -> dict[
     first = [1e3 * turns[0][measure] / steps for turns in rounds]
     found = {
         "ms": statistics.median(mine),
+        "ms_range": [min(mine), max(mine)],
         "ms_best": min(mine),
         "cpu_ms": statistics.median(1e3 * turns[i]["cpu"] / steps for turns in rounds),
     }

@@ -28,6 +28,8 @@ class Contender:
     """Built by `build` from what `__init__` drew; then `before`, `step` (timed), `value`, again
     and again.  `data` is drawn first, so that memory can be counted from after it."""
 
+    working = 1  # threads, as `build` found them
+
     def __init__(self, job: Job):
         self.job = job
         self.start, self.data = starting_tree(job), tokens(job)
@@ -68,7 +70,7 @@ class OurStep(Contender):
         self.resources = ExitStack()
         self.resources.enter_context(rules_of(job))
         self.shards = self.resources.enter_context(Shards(self.optimizer.flat, shards))
-        expect_threads(job, shards if self.shards.pool is not None else 1)
+        self.working = expect_threads(job.threads, shards if self.shards.pool is not None else 1)
 
     def step(self) -> None:
         total, scored = self.shards.add(self.optimizer.model, self.loss, self.data, self.rows, (0,))
@@ -80,15 +82,18 @@ class OurStep(Contender):
 
 
 class OurOptimizer(Contender):
-    """AdamW alone, on gradients that are drawn once."""
+    """AdamW alone, on gradients that are drawn once; one thread, whatever the job says."""
 
     def build(self) -> None:
         self.optimizer = AdamW(
             own_arrays(self.start), lr=self.job.lr, betas=BETAS, weight_decay=WEIGHT_DECAY
         )
-        self.drawn = drawn_gradients(self.optimizer.flat.named)
+        flat = self.optimizer.flat
+        self.drawn = drawn_gradients(flat.named)
+        self.first = {path: view.copy() for path, view in flat.cut(flat.data).items()}
         self.resources = ExitStack()
         self.resources.enter_context(rules_of(self.job))
+        self.working = expect_threads(1, 1)
 
     def before(self) -> None:
         for path, view in self.optimizer.flat.cut(self.optimizer.flat.grad).items():
@@ -98,8 +103,8 @@ class OurOptimizer(Contender):
         self.optimizer.step()
 
     def value(self) -> list[float]:
-        data = self.optimizer.flat.data
-        return [float(np.vdot(data, data)) / data.size]
+        now = self.optimizer.flat.cut(self.optimizer.flat.data)
+        return [moved(self.first[p], now[p], g, self.job.lr) for p, g in self.drawn.items()]
 
     def close(self) -> None:
         self.resources.close()
@@ -112,7 +117,7 @@ class OurGenerate(Contender):
         self.model, self.prompts = for_decoding(self.start), prompts(self.job)
         self.resources = ExitStack()
         self.resources.enter_context(rules_of(self.job))
-        expect_threads(self.job, 1)
+        self.working = expect_threads(self.job.threads, 1)
 
     def step(self) -> None:
         self.made = generate(self.model, self.prompts.tolist(), self.job.new_tokens)
@@ -132,18 +137,19 @@ def all_weights(job: Job) -> np.ndarray:
 
 
 class OurQuantize(Contender):
-    """NF4 with blocks of 64, of all weights at once."""
+    """NF4 with blocks of 64, of all weights at once; one thread, whatever the job says."""
 
     def build(self) -> None:
         self.weights, self.code = all_weights(self.job), code("nf4")
         self.resources = ExitStack()
         self.resources.enter_context(rules_of(self.job))
+        self.working = expect_threads(1, 1)
 
     def step(self) -> None:
         self.made = quantize_array(self.weights, self.code, 64)
 
     def value(self) -> list[float]:
-        return [float(self.made.packed[:4096].astype(np.int64).sum())]
+        return sums(self.made.packed, self.made.scales)
 
     def close(self) -> None:
         self.resources.close()
@@ -174,26 +180,43 @@ def drawn_gradients(named: dict[str, Any]) -> dict[str, np.ndarray]:
     return {path: rng.standard_normal(named[path].shape, np.float32) for path in sorted(named)}
 
 
+def moved(before: np.ndarray, now: np.ndarray, g: np.ndarray, lr: float) -> float:
+    """How far the entries went against their gradients on average, in learning rates: an AdamW
+    step is about 1."""
+    return float(np.mean((before.astype(np.float64) - now) * np.sign(g))) / lr
+
+
+def sums(codes: np.ndarray, scales: np.ndarray, parts: int = 64) -> list[float]:
+    """Of all codes and all block scales, in `parts` stretches each."""
+    return [
+        float(part.astype(np.float64).sum())
+        for array in (codes, scales)
+        for part in np.array_split(array.ravel(), parts)
+    ]
+
+
 def rules_of(job: Job) -> AbstractContextManager:
     return reference_rules() if job.contender == "reference" else nullcontext()
 
 
-def expect_threads(job: Job, workers: int) -> None:
-    """The threads at work are those asked for.  Errors: `MiniloraError` if not.
+def expect_threads(threads: int, workers: int) -> int:
+    """The number of threads, once it is known to be at work.  Errors: `MiniloraError` if not.
 
-    `workers` Python threads with BLAS at one each, or one with BLAS at `job.threads`.
+    `workers` Python threads with BLAS at one each, or one with BLAS at `threads`.
     """
     try:
         from threadpoolctl import threadpool_info
     except ImportError:
-        if job.threads == 1:
-            return
+        if threads == 1:
+            return 1
         raise MiniloraError(
             'bench on several threads needs threadpoolctl: pip install "minilora[fast]"'
         ) from None
     blas = {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
-    wanted = {1} if workers == job.threads else {job.threads}
-    if workers not in (1, job.threads) or blas - wanted:
+    wanted = 1 if workers == threads else threads
+    if workers not in (1, threads) or blas != {wanted}:
         raise MiniloraError(
-            f"bench: expected {job.threads} threads, found {workers} with BLAS at {sorted(blas)}"
+            f"bench: expected {threads} threads in all, "
+            f"found {workers} with BLAS at {sorted(blas) or 'no known number'}"
         )
+    return threads

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .figures import BLUE, COLORS, GREEN, MARKS, ORANGE, PURPLE, RED, SKY, canvas, save
+from .figures import BLUE, COLORS, GREEN, MARKS, ORANGE, PURPLE, RED, SKY, YELLOW, canvas, save
 from .report import size, table
 
 NAMES = {
@@ -36,6 +36,8 @@ def bench_report(record: dict[str, Any]) -> str:
         f"agree to {record['gate']:g}.",
         about_machine(record),
     ]
+    if suite == "threads":
+        notes += speedups(record)
     if record["missing"]:
         names = ", ".join(record["missing"])
         notes.append(f'Not installed, so not raced: {names}: pip install "minilora[peers]".')
@@ -54,7 +56,7 @@ def line(case: dict[str, Any], row: dict[str, Any], memory: bool) -> list[str]:
     gap = f"{row['gap']:.0e}" if row.get("gap") else "-"
     if row.get("passed") is False:
         gap += " REFUSED"
-    threads = 1 if case.get("measure") == "cpu" else case["threads"]
+    threads = row.get("working", 1 if case.get("measure") == "cpu" else case["threads"])
     cells = [
         case["title"],
         NAMES[row["contender"]],
@@ -68,6 +70,27 @@ def line(case: dict[str, Any], row: dict[str, Any], memory: bool) -> list[str]:
         share = f"{row['bytes_ratio']:.2f}" if "bytes_ratio" in row else "-"
         cells += [size(row["bytes"]) if "bytes" in row else "-", share]
     return cells
+
+
+def speedups(record: dict[str, Any]) -> list[str]:
+    """What more threads give each contender, by the clock: time over that on one thread."""
+    ms = {
+        (case["shape"], case["mode"], row["contender"], case["threads"]): row["ms"]
+        for case in record["cases"]
+        for row in case["rows"]
+        if case["measure"] == "wall" and "ms" in row
+    }
+
+    def alone(shape: str, mode: str, name: str) -> float | None:
+        name = "minilora" if name == "blas" else name  # on one thread they are the same
+        return ms.get((shape, mode, name, 1))
+
+    return [
+        f"{shape} {mode}, {NAMES[name]}: {threads} threads take "
+        f"{taken / alone(shape, mode, name):.2f} of the time of one."
+        for (shape, mode, name, threads), taken in ms.items()
+        if threads > 1 and alone(shape, mode, name)
+    ]
 
 
 def measured(record: dict[str, Any]) -> str:
@@ -110,65 +133,116 @@ def bench_figure(record: dict[str, Any], path: str | Path) -> Path:
         "ratio", "ratio_range",
     )  # fmt: skip
     bars = [
-        (case["title"], NAMES[row["contender"]], row[key], row.get(spread))
+        (case["title"], row["contender"], row.get(key), row.get(spread), why(row))
         for case in record["cases"]
         for row in case["rows"]
-        if key in row
+        if key in row or why(row)
     ]
-    colors = dict(zip(NAMES.values(), (BLUE, BLUE, SKY, ORANGE, PURPLE, GREEN, RED, SKY, BLUE)))  # noqa: B905
-    figure, (ax,) = canvas(6.4, 1.2 + 0.27 * max(3, len(bars)))
-    for y, (_, name, ratio, ends) in enumerate(reversed(bars)):
-        ax.barh(y, ratio, color=colors[name], height=0.7, label=name)
+    colors = {
+        "minilora": BLUE, "torch": BLUE, "hf": SKY, "compile": ORANGE, "erf": PURPLE,
+        "primitives": GREEN, "reference": RED, "blas": YELLOW, "bnb": BLUE,
+    }  # fmt: skip
+    figure, (ax,) = canvas(6.4, 1.4 + 0.27 * max(3, len(bars)))
+    for y, (_, contender, ratio, ends, reason) in enumerate(reversed(bars)):
+        if ratio is None:
+            ax.text(0, y, f" {reason}", va="center", fontsize=8, style="italic")
+            continue
+        ax.barh(y, ratio, color=colors[contender], height=0.7)
         if ends:
             ax.plot(ends, [y, y], color="0.15", linewidth=1.4)
         ax.text(max(ratio, *(ends or [0])), y, f" {ratio:.2f}", va="center", fontsize=8)
-    labels = [f"{title}: {name}" for title, name, *_ in reversed(bars)]
+    labels = [f"{title}: {NAMES[contender]}" for title, contender, *_ in reversed(bars)]
     ax.set_yticks(range(len(bars)), labels, fontsize=8)
     ax.set_ylim(-0.7, len(bars) - 0.3)
     ax.axvline(1, color="0.3", linewidth=1)
     what = "peak memory" if key == "bytes_ratio" else "time"
     ax.set_xlabel(f"our {what} over theirs (below 1: in our favor)")
-    ax.set_xlim(0, 1.18 * max([1.0, *(b[2] for b in bars), *(b[3][1] for b in bars if b[3])]))
+    ax.set_xlim(0, 1.18 * max([1.0, *(b[2] or 0 for b in bars), *(b[3][1] for b in bars if b[3])]))
     ax.grid(axis="x", color="0.9", linewidth=0.8)
     ax.grid(axis="y", visible=False)
+    figure.suptitle(how(record), fontsize=9)
     return save(figure, path)
 
 
-def scaling_figure(record: dict[str, Any], path: str | Path) -> Path:
-    """Two rows of panels, an axis a column: milliseconds and bytes of a step."""
-    from matplotlib.figure import Figure
+def why(row: dict[str, Any]) -> str:
+    """Why a row has no ratio; empty where nothing is wrong with it."""
+    if "error" in row:
+        return "failed"
+    return "refused by the gate" if row.get("passed") is False else ""
 
-    axes_named = list(dict.fromkeys(case["axis"] for case in record["cases"]))
-    figure = Figure(figsize=(2.1 * len(axes_named) + 1, 4.8), layout="constrained")
-    grid = figure.subplots(2, len(axes_named), squeeze=False, sharey="row")
+
+def how(record: dict[str, Any]) -> str:
+    """How a figure was measured, in a line."""
+    config, cases = record["config"], record["cases"]
+    threads = f"{config['threads']} thread{'s' if config['threads'] > 1 else ''}"
+    if config["suite"] == "memory":
+        return f"{record['machine']['cpu']}, {threads}; a fresh process for each bar"
+    clocks = {case["measure"] for case in cases}
+    rounds = min(case["clean"] for case in cases)
+    if clocks == {"cpu"}:
+        return f"{record['machine']['cpu']}, CPU time on 1 thread: no clean window"
+    mixed = "; some by CPU time on 1 thread" if "cpu" in clocks else ""
+    return (
+        f"{record['machine']['cpu']}, up to {threads}; "
+        f"bars: median over {rounds} clean rounds, lines: range{mixed}"
+    )
+
+
+ALONG = {
+    "batch": "sequences in a batch",
+    "time": "tokens in a sequence",
+    "width": "width",
+    "layers": "blocks",
+    "rank": "rank r",
+}
+
+
+def scaling_figure(record: dict[str, Any], path: str | Path) -> Path:
+    """Two columns of panels, an axis a row: milliseconds and MiB of a step, both axes log.
+
+    A line through a point is the range over rounds; an older record has only its lower end.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    named = list(dict.fromkeys(case["axis"] for case in record["cases"]))
+    figure = Figure(figsize=(6.4, 1.65 * len(named) + 1.1), layout="constrained")
+    grid = figure.subplots(len(named), 2, squeeze=False, sharey="col")
     contenders = list(dict.fromkeys(r["contender"] for c in record["cases"] for r in c["rows"]))
-    for column, axis in enumerate(axes_named):
+    for panels, axis in zip(grid, named, strict=True):
         cases = [case for case in record["cases"] if case["axis"] == axis]
-        for top, (key, scale) in enumerate((("ms", 1.0), ("bytes", 1 << 20))):
-            ax = grid[top][column]
+        values = sorted({case["value"] for case in cases})
+        for ax, key, scale in zip(panels, ("ms", "bytes"), (1.0, 1 << 20), strict=True):
             for i, name in enumerate(contenders):
-                points = [
-                    (case["value"], row[key] / scale)
+                style = {"color": COLORS[(i + 1) % 6], "marker": MARKS[i % 6]}
+                rows = [
+                    (case["value"], row)
                     for case in cases
                     for row in case["rows"]
                     if row["contender"] == name and key in row
                 ]
-                if points:
-                    style = {"color": COLORS[(i + 1) % 6], "marker": MARKS[i % 6]}
-                    label = NAMES[name] if (top, column) == (0, 0) else None
-                    ax.plot(*zip(*points, strict=True), label=label, **style)
-            values = sorted({case["value"] for case in cases})
+                label = NAMES[name] if ax is grid[0][0] else None
+                ax.plot(
+                    [v for v, _ in rows],
+                    [row[key] / scale for _, row in rows],
+                    label=label,
+                    **style,
+                )
+                for value, row in rows if key == "ms" else ():
+                    ends = row.get("ms_range", [row.get("ms_best", row[key]), row[key]])
+                    ax.plot([value, value], ends, color=style["color"], linewidth=2.5, alpha=0.4)
             ax.set_xscale("log", base=2)
             ax.set_yscale("log")
             ax.set_xticks(values, [str(v) for v in values])
+            ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
             ax.minorticks_off()
             ax.grid(color="0.9", linewidth=0.8)
             ax.spines[["top", "right"]].set_visible(False)
-            if top:
-                ax.set_xlabel(axis)
-            if not column:
-                ax.set_ylabel("MiB at the peak" if top else "ms a step")
-    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+            ax.set_xlabel(ALONG[axis])
+        panels[0].set_ylabel("ms a step")
+        panels[1].set_ylabel("MiB at the peak")
+    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=10)
     return save(figure, path)
 
 

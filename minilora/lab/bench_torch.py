@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ..engine.errors import MiniloraError
 from ..model.module import parameters
-from .bench_ours import Contender, all_weights, drawn_gradients
+from .bench_ours import Contender, all_weights, drawn_gradients, moved, sums
 from .bench_peers import build, parameter_name
 from .bench_shapes import ALPHA, BETAS, WEIGHT_DECAY, Job, adapted_paths, prompts, starting_tree
 
@@ -22,6 +22,7 @@ class Theirs(Contender):
     def build(self) -> None:
         job = self.job
         torch.set_num_threads(job.threads)
+        self.working = torch.get_num_threads()
         if job.mode == "qlora":  # bitsandbytes makes its own codes, of the same weights
             self.start = starting_tree(replace(job, mode="lora"))
         self.config, self.adapters = job.shape.model, adapted_paths(self.start)
@@ -89,16 +90,14 @@ class TheirOptimizer(Theirs):
         for path, g in drawn_gradients(ours).items():
             name, _ = parameter_name(path, self.config, "plain", bool(self.adapters))
             held[name].grad = torch.from_numpy(g)
-            self.trained.append(held[name])
+            self.trained.append((held[name], held[name].detach().clone().numpy(), g))
         self.adamw = self.optimizer()
 
     def step(self) -> None:
         self.adamw.step()
 
     def value(self) -> list[float]:
-        with torch.no_grad():
-            total = sum(float((p * p).sum()) for p in self.trained)
-        return [total / sum(p.numel() for p in self.trained)]
+        return [moved(first, p.detach().numpy(), g, self.job.lr) for p, first, g in self.trained]
 
 
 class TheirGenerate(Theirs):
@@ -140,14 +139,15 @@ class TheirQuantize(Theirs):
         from bitsandbytes import functional
 
         torch.set_num_threads(self.job.threads)
+        self.working = torch.get_num_threads()
         self.weights = torch.from_numpy(all_weights(self.job))
         self.quantize = functional.quantize_4bit
 
     def step(self) -> None:
-        self.made, _ = self.quantize(self.weights, blocksize=64, quant_type="nf4")
+        self.made, self.state = self.quantize(self.weights, blocksize=64, quant_type="nf4")
 
     def value(self) -> list[float]:
-        return [float(self.made.flatten()[:4096].long().sum())]
+        return sums(self.made.numpy(), self.state.absmax.numpy())
 
 
 def contender(job: Job) -> Contender:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..engine.errors import MiniloraError
 from .bench_shapes import Job, Shape
-from .machine import Load, Peak, sgemm_ceiling
+from .machine import Load, Peak, keep_large_blocks, sgemm_ceiling
 
 
 class Worker:
@@ -27,9 +27,10 @@ class Worker:
 
     def __init__(self, job: Job):
         self.job = job
-        blas = job.threads if job.contender in BLAS_THREADED or job.kind == "generate" else 1
-        threads = {f"{name}_NUM_THREADS": str(blas) for name in ("OPENBLAS", "MKL", "BLIS")}
-        threads["OMP_NUM_THREADS"] = str(job.threads if is_theirs(job) else blas)
+        threads = {
+            f"{name}_NUM_THREADS": str(blas_threads(job))
+            for name in ("OPENBLAS", "MKL", "BLIS", "OMP")
+        }
         self.words = tempfile.TemporaryFile()  # noqa: SIM115  (closed by __exit__)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "minilora.lab.bench_worker"],
@@ -62,7 +63,7 @@ class Worker:
         return answer
 
     def prepare(self) -> dict[str, Any]:
-        """Import, draw, build; `{"versions": ...}`."""
+        """Import, draw, build; `{"versions": ..., "working": threads found at work}`."""
         return self.ask("prepare", job=asdict(self.job))
 
     def run(self, steps: int) -> dict[str, Any]:
@@ -76,7 +77,10 @@ class Worker:
         return f"the worker ended: {lines[-1] if lines else 'without a word'}"
 
 
-BLAS_THREADED = ("blas",)
+def blas_threads(job: Job) -> int:
+    """Threads inside a matrix product: all of them, but where our shards are the threads."""
+    whole = is_theirs(job) or job.contender == "blas" or job.kind == "generate"
+    return job.threads if whole else 1
 
 
 def is_theirs(job: Job) -> bool:
@@ -97,7 +101,12 @@ class Answering:
 
             from .bench_torch import contender
 
-            libraries = {m.__name__: m.__version__ for m in (torch, peft, transformers)}
+            used = [torch, peft, transformers]
+            if self.job.contender == "bnb":
+                import bitsandbytes
+
+                used.append(bitsandbytes)
+            libraries = {m.__name__: m.__version__ for m in used}
         else:
             from .bench_ours import contender
 
@@ -105,7 +114,7 @@ class Answering:
         self.contender = contender(self.job)
         self.peak = Peak()
         self.contender.build()
-        return {"versions": libraries}
+        return {"versions": libraries, "working": self.contender.working}
 
     def run(self, steps: int) -> dict[str, Any]:
         load, values, wall, cpu = Load(), [], 0.0, 0.0
@@ -127,7 +136,11 @@ class Answering:
 
 
 def main() -> None:
-    """Answer line by line until the pipe closes.  What libraries print goes to stderr."""
+    """Answer line by line until the pipe closes.  What libraries print goes to stderr.
+
+    Every library gets the allocator that the command line gives minilora.
+    """
+    keep_large_blocks()
     pipe = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     answering = Answering()

@@ -17,6 +17,9 @@ COLORS = (RED, BLUE, GREEN, PURPLE, ORANGE, BLACK)
 def canvas(width: float = 6.4, height: float = 4.0, panels: int = 1) -> tuple[Any, list]:
     """A figure and its axes, without touching matplotlib's global state.
 
+    At 640 pixels, as a README shows it, a point is 640 / (72 width) pixels: wide panels make
+    small letters.
+
     Errors: `MiniloraError` that says what to install where matplotlib is missing.
     """
     try:
@@ -57,7 +60,7 @@ def rank_vs_quality(record: dict[str, Any], path: str | Path) -> Path:
             scores = arm["scores"]
             ax.scatter([place] * len(scores), scores, s=18, color=style["color"], alpha=0.45)
         if base["before"] is not None:
-            kept = f"{task['before_metric']} (all methods)" if i == 0 else None
+            kept = f"{task['before_metric']} (with adapters)" if i == 0 else None
             before = [arm["before"] for arm in arms]
             marker = MARKS[i % len(MARKS)]
             ax.plot(
@@ -72,10 +75,12 @@ def rank_vs_quality(record: dict[str, Any], path: str | Path) -> Path:
     ax.set_xlabel("rank r of the adapters")
     better = "lower" if task["lower_is_better"] else "higher"
     ax.set_ylabel(f"{task['metric']}, test data ({better} is better)")
-    if task["lower_is_better"] and all(min(arm["scores"]) > 0 for arm in record["arms"]):
+    scores = [base["score"], *(s for arm in record["arms"] for s in arm["scores"])]
+    if task["lower_is_better"] and 0 < 100 * min(scores) < max(scores):
         ax.set_yscale("log")
-    elif not task["lower_is_better"]:
-        ax.set_ylim(-0.04, 1.04)
+    elif not task["lower_is_better"]:  # a share of 1, or a count, from zero
+        top = 1.0 if max(scores) <= 1 else max(scores)
+        ax.set_ylim(-0.04 * top, 1.04 * top)
     seeds = record["config"]["seeds"]
     ax.set_title(
         f"{task['name']}: {task['steps']} steps, {seeds} seed{'s (dots)' if seeds > 1 else ''}, "

@@ -1,4 +1,4 @@
-"""Is this card right, and how fast is it?  Every op and a training step against float64 NumPy."""
+"""Is this card right, and how fast?  Every op, code, step and optimizer against NumPy."""
 
 import time
 from dataclasses import asdict, dataclass
@@ -10,12 +10,14 @@ from ..engine.backend import is_array, to_device, to_numpy
 from ..engine.check import gradients
 from ..engine.progress import progress
 from ..engine.rules import reference_rules
-from ..engine.tensor import Tensor
+from ..engine.tensor import Parameter, Tensor
 from ..lora.lora import adapt
 from ..model.module import cast
 from ..model.module import to_device as tree_to_device
 from ..model.transformer import TransformerConfig, init_transformer
+from ..optim.adam8bit import AdamW8bit
 from ..optim.adamw import AdamW
+from ..optim.paged import PagedAdamW
 from ..quant.blockwise import quantize_array
 from ..quant.codes import CODES, code
 from ..quant.linear import quantize
@@ -70,10 +72,11 @@ def gpu_check(config: GpuCheckConfig) -> dict[str, Any]:
         "ops": rows,
         "codes": [code_gap(name, rng) for name in CODES],
         "steps": [step_gap(style, config.seed) for style in ("gpt2", "llama", "qlora")],
+        "optimizers": [page_gap(1), page_gap(3), eight_bit_gap()],
         "timing": step_time(config),
         "seconds": round(time.monotonic() - began, 1),
     }
-    checked = (*rows, *record["codes"], *record["steps"])
+    checked = (*rows, *record["codes"], *record["steps"], *record["optimizers"])
     record["passed"] = all(row["gap"] <= TOLERANCE and row["repeats"] for row in checked)
     return record
 
@@ -211,6 +214,59 @@ def step_gap(style: str, seed: int) -> dict[str, Any]:
     return {"step": name, "gap": gap, "repeats": repeats}
 
 
+PAGE = 1 << 12  # numbers; of the paged optimizer that is checked
+
+
+def drive(make: Any, device: str, spike: bool = False) -> tuple[Any, np.ndarray]:
+    """An optimizer after six steps on drawn gradients, and the weights; it may shrink and grow."""
+    rng = np.random.default_rng(4)
+    shapes = ((100, 130), (3000,), (70, 70))
+    tree = tuple(Parameter(rng.standard_normal(s).astype(np.float32)) for s in shapes)
+    optimizer = make(tree_to_device(tree, device))
+    for step in range(6):
+        g = rng.standard_normal(optimizer.flat.data.size).astype(np.float32)
+        optimizer.flat.grad[...] = to_device(g, device)
+        if spike and step in (2, 4):
+            optimizer.pager.shrink(1) if step == 2 else optimizer.pager.grow(3)
+        optimizer.step(divide_by=2, clip=1.0)
+    return optimizer, to_numpy(optimizer.flat.data)
+
+
+def page_gap(slots: int) -> dict[str, Any]:
+    """Paged AdamW against AdamW, both on the device: the same bits, or an infinite gap.
+
+    "Repeats" says that the log of moves is that of the simulated device.
+    """
+
+    def paged(tree: Any) -> PagedAdamW:
+        return PagedAdamW(tree, lr=0.1, page=PAGE, budget=slots * 8 * PAGE)
+
+    plain, wanted = drive(lambda tree: AdamW(tree, lr=0.1), "cuda")
+    poison()
+    found, weights = drive(paged, "cuda", spike=True)
+    here, _ = drive(paged, "cpu", spike=True)
+    states = plain.state(), found.state()
+    same = np.array_equal(wanted, weights) and all(
+        np.array_equal(states[0][key], states[1][key]) for key in states[0]
+    )
+    log = found.pager.log[: len(here.pager.log)]  # reading the state has moved pages since
+    name = f"AdamW paged, {slots} of {found.pager.pages} pages"
+    return {"step": name, "gap": 0.0 if same else np.inf, "repeats": log == here.pager.log}
+
+
+def eight_bit_gap() -> dict[str, Any]:
+    """Six steps of AdamW with 8-bit moments on the device against the specification here."""
+    with reference_rules():
+        _, wanted = drive(lambda tree: AdamW8bit(tree, lr=1e-3), "cpu")
+    poison()
+    (_, found), (_, again) = (drive(lambda t: AdamW8bit(t, lr=1e-3), "cuda") for _ in range(2))
+    return {
+        "step": "AdamW, 8 bits",
+        "gap": relative(found, wanted),
+        "repeats": np.array_equal(found, again),
+    }
+
+
 def step_time(config: GpuCheckConfig) -> dict[str, Any]:
     """Milliseconds of an eager LoRA step, the median of `rounds`; and the bytes it needs."""
     import cupy
@@ -246,7 +302,8 @@ def gpu_report(record: dict[str, Any]) -> str:
     rows += [[r["op"], r["rules"], f"{r['gap']:.1e}", str(r["repeats"])] for r in worst]
     rows += [[f"quantize {r['code']}", "all", f"{r['gap']:.1e}", str(r["repeats"])]
              for r in record["codes"]]  # fmt: skip
-    rows += [[r["step"], "all", f"{r['gap']:.1e}", str(r["repeats"])] for r in record["steps"]]
+    rows += [[r["step"], "all", f"{r['gap']:.1e}", str(r["repeats"])]
+             for r in record["steps"] + record["optimizers"]]  # fmt: skip
     timing = record["timing"]
     verdict = (
         "passed" if record["passed"] else f"FAILED: a gap above {TOLERANCE:g}, or not repeated"

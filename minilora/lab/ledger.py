@@ -15,9 +15,10 @@ from ..model.transformer import init_transformer
 from ..optim.adam8bit import AdamW8bit
 from ..optim.adamw import SGD, AdamW
 from ..quant.blockwise import QuantizedArray
+from ..quant.double import DoubleScales
 from ..quant.linear import quantize
 from .activations import saved_activations, transient_peak
-from .memory import Setting, persistent, scratch
+from .memory import OFFSET, RULES, Setting, persistent, scratch
 
 
 def ledger(setting: Setting) -> dict[str, Any]:
@@ -34,6 +35,7 @@ def ledger(setting: Setting) -> dict[str, Any]:
     return parts | {
         "total": held + sum(parts["saved"].values()),
         "peak": held + transient_peak(setting),
+        "rules": RULES,
     }
 
 
@@ -89,15 +91,17 @@ def counted(setting: Setting) -> dict[str, Any]:
         tracemalloc.stop()
     weights = [t.data for t in tensors(optimizer.model).values()]
     held = {id(a): a for _, a in walk(optimizer.model) if is_array(a)}.values()
+    offsets = sum(isinstance(node, DoubleScales) for _, node in walk(optimizer.model))
     return {
         "weights": sum(a.nbytes for a in weights),
-        "codes": sum(a.nbytes for a in held),
+        "codes": sum(a.nbytes for a in held) + OFFSET * offsets,
         "gradients": optimizer.flat.grad.nbytes,
         "optimizer": moments_of(optimizer),
+        "control": optimizer.control.nbytes,
         "saved": retained(loss(), besides=weights),
         "scratch": sum(b.nbytes for b in arena.buffers.values()),
         "peak": peak,
-        "rules": "fast NumPy rules",
+        "rules": RULES,
     }
 
 

@@ -1,5 +1,6 @@
 """What a figure was measured on: processor, libraries, other load, memory of this process."""
 
+import ctypes
 import os
 import platform
 import resource
@@ -63,6 +64,20 @@ def memory(field: str) -> int:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if platform.system() == "Darwin" else peak << 10
     return int(text.partition(f"{field}:")[2].split()[0]) << 10
+
+
+def keep_large_blocks() -> bool:
+    """Let glibc's malloc keep freed blocks of up to a gigabyte, instead of returning each to the
+    kernel and taking fresh pages, which have to be zeroed, for the next.  True where it could.
+
+    Called once by the command line; the library leaves its host process as it finds it.
+    (mallopt(3): M_MMAP_THRESHOLD = -3, M_TRIM_THRESHOLD = -1.)
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
+        return False
+    return all(mallopt(option, size) == 1 for option, size in ((-3, 1 << 30), (-1, (1 << 31) - 1)))
 
 
 def sgemm_ceiling(products: Callable[[], Any], count: int, seconds: float = 0.5) -> float:

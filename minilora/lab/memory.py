@@ -9,6 +9,7 @@ from ..model.module import children
 from ..model.targets import ALL_LINEAR, matches
 from ..model.transformer import TransformerConfig
 from ..optim.adam8bit import BLOCK, SMALL
+from ..optim.flat import CONTROL
 from ..quant.codes import code as code_named
 
 METHODS = ("full", "lora", "qlora")
@@ -22,6 +23,8 @@ BYTES = {
 }
 TILE, CHUNK = 64, 256  # query rows of attention, tokens of head and loss
 FEW = 64  # an adapter's fast rule takes no fewer tokens
+OFFSET = 4  # bytes of the mean of a weight's scales, a float32 (kept on the host)
+RULES = "fast NumPy rules"  # what activations and scratch are those of
 
 
 @dataclass(frozen=True)
@@ -138,11 +141,14 @@ def persistent(setting: Setting) -> dict[str, int]:
     if setting.method == "qlora":
         names = [setting.code] + (["dynamic"] if setting.double else [])
         held["code tables"] = sum(table_bytes(name) for name in names)
+        if setting.double:
+            held["offsets"] = OFFSET * len(chosen)
     trainable = trainable_count(setting)
     if setting.method != "full":
         held["adapters"] = size["adapter"] * trainable
     held["gradients"] = size["gradient" if setting.method == "full" else "adapter"] * trainable
     held["optimizer"] = sum(moment_bytes(setting, n) for n in trainable_sizes(setting))
+    held["control"] = 8 * CONTROL
     return held
 
 
@@ -199,6 +205,8 @@ def scratch(setting: Setting) -> dict[str, int]:
         "attention": b * group * H * (2 * tile * T + tile * D + T * D),
         "optimizer": 2 * b * min(CACHED, max(trainable_count(setting), 1)),
     }
+    if setting.method == "qlora" and setting.double:
+        found["decoded scales"] = 4 * -(-largest // setting.block)
     if config.mlp == "gelu":
         found["gelu"] = 2 * b * min(CACHED, setting.tokens * config.inner)
     if config.rope_theta is not None:

@@ -125,7 +125,7 @@ def paging_report(record: dict[str, Any]) -> str:
 
 def paging_figure(record: dict[str, Any], path: str | Path) -> Path:
     """Above, bytes by step against the budget; below, which page is resident at which use."""
-    figure, (ax, timeline) = canvas(9.2, 4.2, panels=2)
+    figure, (ax, timeline) = canvas(7.2, 4.4, panels=2)
     steps = record["steps"]
     x = np.arange(len(steps))
     parts = (
@@ -159,5 +159,5 @@ def paging_figure(record: dict[str, Any], path: str | Path) -> Path:
     timeline.set_xlabel("uses of a page, a step between two lines")
     timeline.set_ylabel("page (bar: it is resident)")
     timeline.grid(visible=False)
-    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return save(figure, path)

@@ -147,9 +147,18 @@ def quantize_report(record: dict[str, Any]) -> str:
     return "\n\n".join([title, table(rows), table(blocks), table(equal)])
 
 
+def frontier(entries: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """(bits, RMSE) of those that no other beats in one without being worse in the other."""
+    found: list[tuple[float, float]] = []
+    for e in sorted(entries, key=lambda e: (e["bits"], e["rmse"])):
+        if not found or e["rmse"] < found[-1][1]:
+            found.append((e["bits"], e["rmse"]))
+    return found
+
+
 def levels_figure(record: dict[str, Any], path: str | Path) -> Path:
     """The levels on the bell curve that they were made for, and how often each is used."""
-    figure, (ax, bars) = canvas(8.6, 3.8, panels=2)
+    figure, (ax, bars) = canvas(7.2, 3.8, panels=2)
     levels = np.array(record["levels"])
     order = np.argsort(levels, kind="stable")
     x = np.linspace(-1.15, 1.15, 400)
@@ -159,11 +168,13 @@ def levels_figure(record: dict[str, Any], path: str | Path) -> Path:
     ax.plot(levels, np.zeros(len(levels)), "o", color=BLUE, ms=4)
     ax.set_xlabel("weight over the largest of its block")
     ax.set_yticks([])
+    ax.set_ylabel("density of weights")
     ax.set_title(f"{record['config']['code']}: {len(levels)} levels", loc="left", fontsize=10)
     share = np.array(record["usage"])[order] / sum(record["usage"])
     bars.bar(range(len(share)), share, color=SKY, edgecolor=BLUE)
+    bars.set_xticks(range(0, len(share), 3))
     bars.axhline(1 / len(share), color="0.3", ls="--", linewidth=1)
-    bars.set_xlabel("level, from the lowest up")
+    bars.set_xlabel("level, from the lowest up (dashed: equal use)")
     bars.set_ylabel("share of the weights")
     entropy = record["bell"]["entropy"]
     bits = math.log2(len(share))
@@ -173,7 +184,7 @@ def levels_figure(record: dict[str, Any], path: str | Path) -> Path:
 
 def codes_figure(record: dict[str, Any], path: str | Path) -> Path:
     """Left: error by block size and code.  Right: error against bits, the scales included."""
-    figure, (ax, pareto) = canvas(9.0, 4.3, panels=2)
+    figure, (ax, pareto) = canvas(7.2, 5.2, panels=2)
     colors = dict(zip(FOUR_BITS, (BLUE, RED, PURPLE, ORANGE, GREEN), strict=True))
     names = {"nf4": "NF4", "fp4": "FP4", "e2m1": "E2M1", "int4": "INT4, 15 levels",
              "int4_max": "INT4, 16 levels, signed max"}  # fmt: skip
@@ -185,17 +196,26 @@ def codes_figure(record: dict[str, Any], path: str | Path) -> Path:
     ax.set_xticks(BLOCKS, [str(b) for b in BLOCKS], fontsize=8)
     ax.set_xlabel("weights in a block")
     ax.set_ylabel("RMSE on N(0, 1)")
-    named = {("int4_max", 32, "float16"): "Q4_0", ("nf4", 64, "float32"): "NF4, 64",
-             ("nf4", 64, "double"): "NF4, 64, doubled"}  # fmt: skip
     for e in record["equal_bits"]:
         marker = {"float32": "o", "double": "s", "float16": "^"}[e["scales"]]
         pareto.plot(e["bits"], e["rmse"], marker, color=colors[e["code"]], ms=7)
-        if label := named.get((e["code"], e["block"], e["scales"])):
-            pareto.annotate(label, (e["bits"], e["rmse"]), fontsize=8, va="center",
-                            xytext=(8, 0), textcoords="offset points")  # fmt: skip
-    for label, marker in (("float32 scales", "o"), ("scales of scales", "s"), ("float16", "^")):
+        offset, side, height = {  # a side for each kind, since points of two kinds meet
+            "float32": ((6, 0), "left", "center"),
+            "float16": ((-6, 0), "right", "center"),
+            "double": ((0, -5), "center", "top"),
+        }[e["scales"]]
+        pareto.annotate(str(e["block"]), (e["bits"], e["rmse"]), fontsize=8, va=height, ha=side,
+                        xytext=offset, textcoords="offset points")  # fmt: skip
+    pareto.margins(0.12, 0.06)
+    best = frontier(record["equal_bits"])
+    pareto.plot(*zip(*best, strict=True), color="0.6", linewidth=1, zorder=0, label="Pareto front")
+    for label, marker in (
+        ("float32 scales", "o"),
+        ("scales of scales", "s"),
+        ("float16 scales", "^"),
+    ):
         pareto.plot([], [], marker, color="0.4", label=label)
-    pareto.set_xlabel("bits a weight, scales included")
+    pareto.set_xlabel("bits a weight, scales included\n(number: weights in a block)")
     pareto.set_ylabel("RMSE on N(0, 1)")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return save(figure, path)

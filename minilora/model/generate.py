@@ -94,10 +94,14 @@ def each_token(
     rows = xp.arange(len(lengths))
     x = model.hidden(to_device(ids, device), positions=to_device(positions, device), cache=cache)
     x = x[rows, last]  # (N, C)
+    sound = xp.ones(len(lengths), bool)
     for step in range(new_tokens):
         logits = model.head(x).data  # (N, V)
         if temperature == 0:
             token = logits.argmax(axis=-1)
+            sound = sound & xp.isfinite(logits[rows, token])
+            if xp is np:  # on a device one look, after the last token
+                expect_sound(sound)
         else:
             drawn = [
                 draw(z, stream.random(), temperature, top_k, top_p)
@@ -109,6 +113,7 @@ def each_token(
             last = last + 1
             cache.reach(max(lengths) + step + 1)
             x = model.hidden(token[:, None], positions=last[:, None], cache=cache)[:, 0]
+    expect_sound(to_numpy(sound))
 
 
 def for_decoding(model: Any) -> Any:
@@ -143,7 +148,7 @@ def draw(
     if top_k is not None or top_p is not None:
         order = np.argsort(-p, kind="stable")
         keep = len(p) if top_k is None else min(top_k, len(p))
-        if top_p is not None:
+        if top_p is not None and top_p < 1:  # 1 keeps all, the least likely too
             share = np.cumsum(p[order[:keep]])
             keep = 1 + int(np.searchsorted(share, top_p * share[-1]))
         p[order[keep:]] = 0
@@ -153,7 +158,10 @@ def draw(
 
 def streams_of(seeds: int | Sequence[int], rows: int) -> list[np.random.Generator]:
     """One Generator a row: from (seeds, row), or from the row's own entry."""
-    if isinstance(seeds, (int, np.integer)):
+    for seed in [seeds] if np.isscalar(seeds) else seeds:
+        if not is_whole(seed) or seed < 0:
+            raise MiniloraError(f"seeds: expected whole numbers >= 0, found {seed!r}")
+    if is_whole(seeds):
         return [np.random.default_rng([int(seeds), row]) for row in range(rows)]
     if len(seeds) != rows:
         raise MiniloraError(f"seeds: expected one for each of {rows} prompts, found {len(seeds)}")
@@ -169,13 +177,24 @@ def expect_options(
     new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
     for name, fits, wanted, value in (
-        ("new_tokens", new_tokens >= 0, "a whole number >= 0", new_tokens),
+        ("new_tokens", is_whole(new_tokens) and new_tokens >= 0, "a whole number >= 0", new_tokens),
         ("temperature", 0 <= temperature < np.inf, "a finite number >= 0", temperature),
-        ("top_k", top_k is None or top_k >= 1, "a whole number >= 1", top_k),
+        ("top_k", top_k is None or (is_whole(top_k) and top_k >= 1), "a whole number >= 1", top_k),
         ("top_p", top_p is None or 0 < top_p <= 1, "a number in (0, 1]", top_p),
     ):
         if not fits:
             raise MiniloraError(f"{name}: expected {wanted}, found {value}")
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def expect_sound(rows: np.ndarray) -> None:
+    """Errors: `NumericsError` naming the first row whose likeliest logit was not finite."""
+    if not rows.all():
+        row = int(rows.argmin())
+        raise NumericsError(f"generate: expected finite logits, found others in row {row}")
 
 
 def expect_ids(name: str, ids: np.ndarray, vocab: int) -> None:

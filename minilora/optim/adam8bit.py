@@ -11,7 +11,7 @@ from ..model.module import to_device
 from ..quant.codes import Code
 from ..quant.codes import code as code_named
 from .adamw import count_step
-from .flat import FACTOR, LR, NORM, STEP, Grouping, Stepper, by_shape
+from .flat import FACTOR, LR, NORM, STEP, Grouping, Stepper, by_shape, expect_betas
 
 BLOCK = 256
 SMALL = 4096  # a parameter of fewer entries keeps float32 moments, as in bitsandbytes
@@ -99,6 +99,7 @@ class AdamW8bit(Stepper):
         flat = self.flat
         if flat.data.dtype != np.float32:
             raise MiniloraError(f"AdamW8bit: expected float32 parameters, found {flat.data.dtype}")
+        expect_betas(betas)
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         xp = xp_of(flat.data)
         device = "cpu" if xp is np else "cuda"

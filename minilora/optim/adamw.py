@@ -3,9 +3,8 @@
 from typing import Any
 
 from ..engine.backend import to_numpy, xp_of
-from ..engine.errors import MiniloraError
 from ..engine.rules import rule
-from .flat import FACTOR, LR, NORM, STEP, Grouping, Stepper, by_shape
+from .flat import FACTOR, LR, NORM, STEP, Grouping, Stepper, by_shape, expect_betas
 
 
 @rule
@@ -95,8 +94,7 @@ class AdamW(Stepper):
         groups: Grouping = by_shape,
     ):
         super().__init__(model, lr, groups)
-        if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1):
-            raise MiniloraError(f"betas: expected two numbers in [0, 1), found {betas}")
+        expect_betas(betas)
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         zeros_like = xp_of(self.flat.data).zeros_like
         self.m, self.v = zeros_like(self.flat.data), zeros_like(self.flat.data)

@@ -118,7 +118,8 @@ class Flat:
 
 # The few numbers that steer a step live beside the parameters, so that a step needs no
 # word from the host: float64 entries of one small array.
-LR, STEP, CALLS, NORM, FACTOR, BAD_CALL, BAD_INDEX = range(7)
+CONTROL = 7
+LR, STEP, CALLS, NORM, FACTOR, BAD_CALL, BAD_INDEX = range(CONTROL)
 
 
 @rule
@@ -141,6 +142,11 @@ def measure(xp, grad, control, *, divide_by, clip):
     control[BAD_INDEX] = xp.where(first, index.astype(xp.float64), control[BAD_INDEX])
 
 
+def expect_betas(betas: tuple[float, float]) -> None:
+    if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1):
+        raise MiniloraError(f"betas: expected two numbers in [0, 1), found {betas}")
+
+
 class Stepper:
     """What every optimizer shares: the flat buffers, the control numbers, the bad-step record."""
 
@@ -148,7 +154,7 @@ class Stepper:
         if not lr >= 0:
             raise MiniloraError(f"lr: expected a number >= 0, found {lr}")
         self.flat = Flat(model, groups)
-        self.control = xp_of(self.flat.data).zeros(7)
+        self.control = xp_of(self.flat.data).zeros(CONTROL)
         self.control[LR] = lr
 
     @property

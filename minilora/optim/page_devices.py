@@ -69,7 +69,7 @@ class SimulatedDevice:
         return self.host[page].copy()
 
     def write(self, page: int, values: np.ndarray) -> None:
-        """Set a page from the host; it must have no slot."""
+        """Set a page from the host; a slot that holds it is to be closed."""
         self.host[page] = values
 
 
@@ -129,7 +129,12 @@ class FileDevice:
 
 
 class CupyDevice:
-    """Pages in pinned host memory, slots on the card, a stream for each direction."""
+    """Pages in pinned host memory, slots on the card, a stream for each direction.
+
+    The host never waits but to `read` and `write`: copies wait for events in their own stream,
+    and the computation waits for an arrival in its own.  A slot is a block of its own of
+    CuPy's pool, so that its bytes are free for activations once it is closed.
+    """
 
     def __init__(self, pages: int, shape: Shape, dtype: Any = np.float32):
         self.cp = cupy()
@@ -152,20 +157,19 @@ class CupyDevice:
         return self.slots[slot]
 
     def copy_in(self, page: int, slot: int, after: list) -> Any:
-        return self.copy(self.inward, lambda: self.slots[slot].set(self.host[page]), after)
+        self.order(self.inward, after)
+        self.slots[slot].set(self.host[page], stream=self.inward)
+        return self.inward.record()
 
     def copy_out(self, page: int, slot: int, after: list) -> Any:
-        array = self.slots[slot]  # kept by the copy, should the slot be closed meanwhile
-        return self.copy(
-            self.outward, lambda: array.get(out=self.host[page], blocking=False), after
-        )
+        self.order(self.outward, after)
+        self.slots[slot].get(stream=self.outward, out=self.host[page], blocking=False)
+        return self.outward.record()
 
-    def copy(self, stream: Any, run: Any, after: list) -> Any:
-        for event in (self.computed(), *after):  # the slot's making is on the computing stream
+    def order(self, stream: Any, after: list) -> None:
+        """Let the stream wait for events, and for the slot's making by the computing stream."""
+        for event in (self.computed(), *after):
             stream.wait_event(event)
-        with stream:
-            run()
-        return stream.record()
 
     def computed(self) -> Any:
         return self.cp.cuda.get_current_stream().record()
@@ -178,7 +182,8 @@ class CupyDevice:
         return self.host[page].copy()
 
     def write(self, page: int, values: np.ndarray) -> None:
-        self.inward.synchronize()
+        for stream in (self.inward, self.outward):  # neither may still read it or write it
+            stream.synchronize()
         self.host[page] = values
 
 

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 
 from ..engine.backend import to_numpy, xp_of
-from ..engine.errors import CheckpointError, MiniloraError
+from ..engine.errors import MiniloraError
 from .adamw import adamw_update, count_step
-from .flat import Grouping, Stepper, by_shape
+from .flat import Grouping, Stepper, by_shape, expect_betas
 from .page_devices import page_device
 from .pager import Pager
 
@@ -39,6 +39,7 @@ class PagedAdamW(Stepper):
         ahead: int = 1,
     ):
         super().__init__(model, lr, groups)
+        expect_betas(betas)
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         data = self.flat.data
         if page < 1:
@@ -54,7 +55,6 @@ class PagedAdamW(Stepper):
         default = "simulated" if xp_of(data) is np else "cuda"
         self.device = page_device(pages or default, count, (2, self.page), data.dtype)
         self.pager = Pager(self.device, count, slots, policy, ahead)
-        self.lost: str | None = None  # why the state cannot be used, if it cannot
 
     @property
     def resident_bytes(self) -> int:
@@ -63,16 +63,12 @@ class PagedAdamW(Stepper):
 
     def step(self, divide_by: float = 1, clip: float | None = None) -> None:
         """Apply the gradient gathered so far, and clear it; see `AdamW.step`."""
-        self.expect_state()
+        self.pager.expect_all()
         self.measure(divide_by, clip)
         f = self.flat
         for number in range(self.pager.pages):
             start = number * self.page
-            try:
-                m, v = self.pager.use(number)
-            except (OSError, CheckpointError) as error:
-                self.lost = f"{type(error).__name__}: {error}"
-                self.expect_state()
+            m, v = self.pager.use(number)
             for part, group in f.parts:
                 low, high = max(start, part.start), min(start + self.page, part.stop)
                 if low < high:
@@ -85,23 +81,16 @@ class PagedAdamW(Stepper):
             self.pager.done(number)
         count_step(self)
 
-    def expect_state(self) -> None:
-        if self.lost is not None:
-            raise CheckpointError(
-                f"PagedAdamW: a page could not be moved ({self.lost}); parameters and moments no "
-                "longer belong together: restore both from a checkpoint"
-            )
-
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Both moments on the host, in the order of the flat buffer."""
         self.pager.flush()
-        table = np.stack([self.device.read(number) for number in range(self.pager.pages)])
+        read = self.device.read
+        table = np.stack([self.pager.moved(read, number) for number in range(self.pager.pages)])
         n = self.flat.data.size
         return table[:, 0].reshape(-1)[:n], table[:, 1].reshape(-1)[:n]
 
     def state(self) -> dict[str, Any]:
         """Host arrays, laid out as those of `AdamW`: either restores the other."""
-        self.expect_state()
         found = {"control": to_numpy(self.control).copy()}
         for name, flat in zip("mv", self.moments(), strict=True):
             found |= {f"{name}.{path}": a.copy() for path, a in self.flat.cut(flat).items()}
@@ -122,13 +111,12 @@ class PagedAdamW(Stepper):
             padded = np.zeros(table.shape[0] * self.page, table.dtype)
             padded[:n] = flat
             table[:, i] = padded.reshape(-1, self.page)
-        slots = self.pager.slots
-        for slot in list(self.device.slots):
-            self.device.close(slot)
-        for number, values in enumerate(table):
-            self.device.write(number, values)
         old = self.pager
-        self.pager = Pager(self.device, old.pages, slots, old.policy, old.ahead)
+        for number, values in enumerate(table):
+            old.moved(self.device.write, number, values)
+        slots = list(self.device.slots)  # the pager has lost sight of one whose copy failed
+        for slot in slots:
+            self.device.close(slot)
+        self.pager = Pager(self.device, old.pages, len(slots), old.policy, old.ahead)
         self.pager.log = old.log
         self.control[...] = xp_of(self.control).asarray(state["control"])
-        self.lost = None

@@ -4,10 +4,11 @@ The `Pager` decides; a device copies (`page_devices.py`).  What it decides depen
 of uses alone, so that the log is the same on every machine.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from ..engine.errors import MiniloraError
+from ..engine.errors import CheckpointError, MiniloraError
 
 POLICIES = ("next-use", "lru")
 
@@ -71,6 +72,7 @@ class Pager:
     known, and "next-use" evicts the page that is needed last (Belady 1966).  "lru" evicts the
     one used longest ago, which in a sweep is the very page that is needed next.  While a page
     is computed on, the `ahead` next ones are on their way, as far as slots go.
+    Errors: `CheckpointError` from the copy that fails on, for ever: a page is lost.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Pager:
         self.written: dict[int, Any] = {}  # page: event of its last write-back
         self.clock = self.now = 0
         self.log: list[Move] = []
+        self.lost: str | None = None  # why the pages cannot be used, if they cannot
         for slot in range(min(slots, pages)):
             device.open(slot)
             self.free[slot] = None
@@ -99,12 +102,13 @@ class Pager:
 
     def use(self, page: int, write: bool = True) -> Any:
         """The memory of `page`, arrived; the next ones are fetched behind it."""
+        self.expect_all()
         self.now = page
         found = self.resident.get(page)
         self.note("hit" if found else "fault", page, found.slot if found else None)
         if found is None:
             found = self.fetch(page, keep={page})
-        self.device.wait(found.arrival)
+        self.moved(self.device.wait, found.arrival)
         found.used, found.dirty = self.clock, found.dirty or write
         self.clock += 1
         keep = {page}
@@ -125,7 +129,8 @@ class Pager:
         slot, ready = self.free.popitem()
         after = [event for event in (ready, self.written.get(page)) if event is not None]
         self.note("in", page, slot)
-        self.resident[page] = Resident(slot, self.device.copy_in(page, slot, after))
+        arrival = self.moved(self.device.copy_in, page, slot, after)
+        self.resident[page] = Resident(slot, arrival)
         return self.resident[page]
 
     def victim(self, keep: set[int]) -> int:
@@ -142,7 +147,7 @@ class Pager:
         waits = [event for event in (gone.arrival, gone.release) if event is not None]
         if gone.dirty:
             self.note("out", page, gone.slot)
-            self.written[page] = self.device.copy_out(page, gone.slot, waits)
+            self.written[page] = self.moved(self.device.copy_out, page, gone.slot, waits)
             self.free[gone.slot] = self.written[page]
         else:
             self.note("drop", page, gone.slot)
@@ -150,12 +155,13 @@ class Pager:
 
     def shrink(self, slots: int) -> None:
         """Give memory back until `slots` are left, at least one: a spike needs it elsewhere."""
+        self.expect_all()
         while self.slots > max(1, slots):
             if not self.free:
                 self.evict(self.victim(set()))
             slot, ready = self.free.popitem()
             if ready is not None:
-                self.device.wait(ready)
+                self.moved(self.device.wait, ready)
             self.device.close(slot)
             self.note("shrink", None, slot)
 
@@ -172,11 +178,30 @@ class Pager:
 
     def flush(self) -> None:
         """Write every changed page back, and wait; all slots are free then."""
+        self.expect_all()
         for page in sorted(self.resident):
             self.evict(page)
         for event in [*self.written.values(), *self.free.values()]:
             if event is not None:
-                self.device.wait(event)
+                self.moved(self.device.wait, event)
+
+    def moved(self, copy: Callable, *arguments: Any) -> Any:
+        """What the device returns.  Where it fails, what was under way is lost, here and now."""
+        try:
+            return copy(*arguments)
+        except (OSError, RuntimeError, CheckpointError) as error:  # CuPy's are RuntimeErrors
+            self.lost = f"{type(error).__name__}: {error}"
+            raise self.loss() from error
+
+    def expect_all(self) -> None:
+        if self.lost is not None:
+            raise self.loss()
+
+    def loss(self) -> CheckpointError:
+        return CheckpointError(
+            f"pager: a page could not be moved ({self.lost}); parameters and moments no longer "
+            "belong together: restore both from a checkpoint"
+        )
 
     def note(self, kind: str, page: int | None, slot: int | None) -> None:
         self.log.append(Move(self.clock, kind, page, slot))

@@ -66,6 +66,7 @@ def fit(
     xp = xp_of(optimizer.control)
     result = Fit(model)
     tally = Tally(xp.zeros(()))
+    losses: list[tuple[int, Any]] = []  # (step, Σ loss) since the last record, on the device
     run = {
         "optimizer": type(optimizer).__name__, "lr": base_lr, "steps": steps, "batch": batch,
         "seed": seed, "clip": clip, "accumulate": accumulate, "shards": shards, "every": every,
@@ -76,13 +77,13 @@ def fit(
     def record(step: int, lr: float) -> dict[str, float]:
         bad = optimizer.first_bad()
         mean = float(tally.total) / max(1, tally.items)
-        if bad is not None or not math.isfinite(mean):
-            when, where = bad or (step, "the loss")
-            raise NumericsError(
-                f"step {when}: the gradient of {where} is not finite"
-                if bad
-                else f"by step {step}: the loss is {mean}, expected a finite number"
+        if bad is not None:
+            raise NumericsError(f"step {bad[0]}: the gradient of {bad[1]} is not finite")
+        if not math.isfinite(mean):
+            when, value = next(
+                ((s, v) for s, v in losses if not math.isfinite(float(v))), (step, mean)
             )
+            raise NumericsError(f"step {when}: the loss is {value}, expected a finite number")
         entry = {"step": step, "loss": mean, "lr": lr, "norm": optimizer.norm()}
         if validation is not None:
             entry["val"] = evaluate(model, loss, validation, eval_batch)
@@ -111,6 +112,7 @@ def fit(
             for micro, rows in enumerate(np.array_split(order.rows(step), accumulate)):
                 value, n = workers.add(model, loss, train, rows, (seed, step, micro))
                 tally.total, scored = tally.total + value, scored + n
+                losses.append((step + 1, value))
             optimizer.step(divide_by=max(1, scored), clip=clip)
             tally.items += scored
             result.steps = step + 1
@@ -123,6 +125,7 @@ def fit(
                 result.history.append(entry)
                 bar.set_postfix_str(f"loss {entry.get('val', entry['loss']):.4f}")
                 tally.total, tally.items = xp.zeros(()), 0
+                losses.clear()
                 if validation is not None:
                     if entry["val"] < tally.best_loss:
                         tally.best_loss, tally.waited = entry["val"], 0

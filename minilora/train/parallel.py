@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..engine.backend import xp_of
+from ..engine.workers import Pool, working
 from ..optim.flat import Flat
 from .data import Batch, Data
 
@@ -47,6 +48,7 @@ class Shards:
                 return self
             self.resources.enter_context(threadpool_limits(1, user_api="blas"))
             self.pool = self.resources.enter_context(ThreadPoolExecutor(threads))
+            self.resources.enter_context(working(Pool(self.pool, threads)))  # for the optimizer
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -61,8 +63,9 @@ class Shards:
 
         def run(shard: int) -> tuple[Any, int]:
             batch, scored = data.take(cuts[shard], self.device)
-            value = loss(model, batch, np.random.default_rng([*key, shard]))
-            value.backward(into=self.gradients[shard])
+            with working(None):  # the threads are at work already, on shards
+                value = loss(model, batch, np.random.default_rng([*key, shard]))
+                value.backward(into=self.gradients[shard])
             return value.data, scored
 
         if self.pool is None:
