@@ -364,3 +364,13 @@ def test_a_thawed_copy_of_frozen_weights_learns_as_torch_does(torch, transformer
         expected.backward()
         their_optimizer.step()
         assert abs(value.item() / loss.scored(targets) - expected.item()) <= 1e-5
+
+
+@pytest.mark.parametrize("doubled, lost", [(False, 64), (True, 1 << 14)])
+def test_one_nan_in_bitsandbytes_spoils_its_block_or_with_doubled_scales_all(torch, doubled, lost):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    w = torch.ones(1 << 14)
+    w[77] = float("nan")
+    options = {"blocksize": 64, "quant_type": "nf4", "compress_statistics": doubled}
+    dense = functional.dequantize_4bit(*functional.quantize_4bit(w, **options))
+    assert int(torch.isnan(dense).sum()) == lost

@@ -14,7 +14,7 @@ from ..quant.blockwise import BLOCKS, dequantize_blocks, quantize_array, unpack
 from ..quant.codes import code
 from ..quant.double import double_quantize
 from .compare import versions
-from .figures import BLACK, BLUE, GREEN, MARKS, ORANGE, PURPLE, RED, SKY, canvas, save
+from .figures import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, canvas, save
 from .report import number, table
 
 FOUR_BITS = ("nf4", "fp4", "e2m1", "int4", "int4_max")
@@ -188,9 +188,10 @@ def codes_figure(record: dict[str, Any], path: str | Path) -> Path:
     colors = dict(zip(FOUR_BITS, (BLUE, RED, PURPLE, ORANGE, GREEN), strict=True))
     names = {"nf4": "NF4", "fp4": "FP4", "e2m1": "E2M1", "int4": "INT4, 15 levels",
              "int4_max": "INT4, 16 levels, signed max"}  # fmt: skip
-    for i, (name, by) in enumerate(record["by_block"].items()):
-        style = {"color": colors[name], "marker": MARKS[i]}
-        ax.plot([int(b) for b in by], [e["rmse"] for e in by.values()], label=names[name], **style)
+    dashes = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
+    for (name, by), line in zip(record["by_block"].items(), dashes, strict=True):
+        errors_of = [e["rmse"] for e in by.values()]
+        ax.plot([int(b) for b in by], errors_of, color=colors[name], ls=line, label=names[name])
     ax.set_xscale("log", base=2)
     ax.set_xticks(BLOCKS, [str(b) for b in BLOCKS], fontsize=8)
     ax.set_xlabel("weights in a block")

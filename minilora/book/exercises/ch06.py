@@ -56,8 +56,14 @@ EXERCISES = (
     ),
     Exercise(
         name="06.3",
-        statement="Write `nearest(x, levels)`: for each number of x the nearest of the levels.",
-        hint="np.abs(x[:, None] - levels[None, :]) has all distances; argmin picks one a row.",
+        statement=(
+            "Write `nearest(x, levels)`: for each number of x the level nearest to it (the level "
+            "itself, not its index)."
+        ),
+        hint=(
+            "np.abs(x[:, None] - levels[None, :]) has all distances; argmin picks one a row, as an "
+            "index into levels."
+        ),
         draw=levels_and_numbers,
         solution=nearest,
         wrong=next_above,

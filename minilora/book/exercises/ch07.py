@@ -51,15 +51,15 @@ EXERCISES = (
     Exercise(
         name="07.3",
         statement=(
-            "Write `spoiled(weights, block, doubled)`: how many weights of a tensor of `weights` "
-            "weights (a number) come back as NaN, if one of them was NaN and nobody checked; "
-            "`doubled` says whether the scales are doubled, with the mean removed, or plain."
+            "Write `spoiled(count, block, doubled)`: how many of the `count` weights of a tensor "
+            "come back as NaN, if one of them was NaN and nobody checked; `doubled` says whether "
+            "the scales are doubled, with the mean removed, or plain."
         ),
         hint="Which scales contain the mean?",
         draw=a_tensor,
-        solution=lambda weights, block, doubled: weights if doubled else block,
-        wrong=lambda weights, block, doubled: block * 256 if doubled else block,
+        solution=lambda count, block, doubled: count if doubled else block,
+        wrong=lambda count, block, doubled: block * 256 if doubled else block,
         tolerance=0,
-        labels=("weights", "block", "doubled"),
+        labels=("count", "block", "doubled"),
     ),
 )

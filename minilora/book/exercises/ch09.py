@@ -42,7 +42,8 @@ EXERCISES = (
         statement=(
             "Write `peak_saved(blocks, inside, at_entry, again)`: the most bytes saved at one time "
             "by a stack of blocks that each save `inside` bytes; with `again` each keeps only its "
-            "input (`at_entry`), and on the way back one at a time is run again in full."
+            "input (`at_entry` bytes, not counted in `inside`), and on the way back one at a time "
+            "is run again in full."
         ),
         hint="With `again`: the inputs of all blocks, and the inside of one.",
         draw=a_stack,

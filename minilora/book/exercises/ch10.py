@@ -1,4 +1,4 @@
-"""Exercises of chapter 10: the bytes of a state, the page that gives way, and the room left."""
+"""Exercises of chapter 10: the bytes of a state, faults without a loop, and the room left."""
 
 import numpy as np
 
@@ -10,26 +10,24 @@ def a_size(rng: np.random.Generator) -> tuple[int]:
     return (int(rng.choice([100, 4095, 4096, 256 * int(rng.integers(16, 400))])),)
 
 
-def a_sweep(rng: np.random.Generator) -> tuple:
-    """pages in memory, the page that is wanted (not one of them), how many pages there are"""
-    pages = int(rng.integers(4, 12))
-    order, k = rng.permutation(pages).tolist(), int(rng.integers(2, pages))
-    return order[:k], order[k], pages
+def a_memory(rng: np.random.Generator) -> tuple[int, int, int]:
+    """pages, slots, sweeps"""
+    return tuple(int(n) for n in rng.integers((2, 2, 2), (12, 12, 9)))
 
 
 def a_step(rng: np.random.Generator) -> tuple[int, int, int, int]:
     """bytes: budget, weights and gradients, activations, a page"""
     page = 1024 * int(rng.integers(1, 9))
     fixed, activations = (int(n) for n in rng.integers(10_000, 90_000, 2))
-    return fixed + activations + int(rng.integers(0, 20 * page)), fixed, activations, page
+    return fixed + activations + int(rng.integers(-9 * page, 20 * page)), fixed, activations, page
 
 
-def last_needed(resident, now, pages):
-    return max(resident, key=lambda page: (page - now - 1) % pages)
+def all_or_nothing(pages, slots, sweeps):
+    return pages if slots >= pages else pages * sweeps
 
 
-def oldest(resident, now, pages):
-    return max(resident, key=lambda page: (now - page) % pages)
+def the_missing_ones(pages, slots, sweeps):
+    return pages + (sweeps - 1) * max(0, pages - slots)
 
 
 EXERCISES = (
@@ -50,28 +48,29 @@ EXERCISES = (
     Exercise(
         name="10.2",
         statement=(
-            "Write `victim(resident, now, pages)`: page `now` is wanted and is not in memory.  "
-            "Which of the pages in `resident` should make room, if pages are used in the order "
-            "0, 1, ..., pages - 1, over and over?"
+            "Write `lru_faults(pages, slots, sweeps)`: how often a page is fetched in all, if "
+            "memory is empty at first, has room for `slots` pages, the pages 0, 1, ..., pages - 1 "
+            "are used in this order `sweeps` times over, and the one used longest ago gives way.  "
+            "Without a loop."
         ),
-        hint="(page - now - 1) % pages says how many uses lie before the next use of a page.",
-        draw=a_sweep,
-        solution=last_needed,
-        wrong=oldest,
+        hint="There are two cases: all pages fit, or they do not.  Section 2 counted the second.",
+        draw=a_memory,
+        solution=all_or_nothing,
+        wrong=the_missing_ones,
         tolerance=0,
-        labels=("resident", "now", "pages"),
+        labels=("pages", "slots", "sweeps"),
     ),
     Exercise(
         name="10.3",
         statement=(
             "Write `slots_left(budget, fixed, activations, page_bytes)`: how many whole pages may "
             "stay in memory during a step that must hold `fixed` bytes of weights and gradients "
-            "and `activations` bytes, all in `budget` bytes."
+            "and `activations` bytes, all in `budget` bytes; 0 if nothing is left for them."
         ),
-        hint="Whole pages of what the other two leave.",
+        hint="Whole pages of what the other two leave.  They may leave less than nothing.",
         draw=a_step,
-        solution=lambda budget, fixed, acts, page: (budget - fixed - acts) // page,
-        wrong=lambda budget, fixed, acts, page: (budget - fixed) // page,
+        solution=lambda budget, fixed, acts, page: max(0, (budget - fixed - acts) // page),
+        wrong=lambda budget, fixed, acts, page: (budget - fixed - acts) // page,
         tolerance=0,
         labels=("budget", "fixed", "activations", "page_bytes"),
     ),

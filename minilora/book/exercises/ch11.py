@@ -31,12 +31,24 @@ def two(rng: np.random.Generator) -> tuple:
 
 
 def side_by_side(A1, B1, s1, A2, B2, s2):
-    return np.concatenate([s1 * B1, s2 * B2], axis=1) @ np.concatenate([A1, A2])
+    return np.concatenate([A1, A2]), np.concatenate([s1 * B1, s2 * B2], axis=1)
+
+
+def without_scales(A1, B1, s1, A2, B2, s2):
+    return np.concatenate([A1, A2]), np.concatenate([B1, B2], axis=1)
 
 
 def equal_ranks(rng: np.random.Generator) -> tuple:
     """A1, B1, A2, B2"""
     return tuple(rng.standard_normal(s) for s in ((2, 6), (4, 2), (2, 6), (4, 2)))
+
+
+def share_of_both(A1, B1, A2, B2):
+    return np.linalg.norm(B1 @ A2 + B2 @ A1) / np.linalg.norm(B1 @ A1 + B2 @ A2)
+
+
+def share_of_all(A1, B1, A2, B2):
+    return np.linalg.norm(B1 @ A2 + B2 @ A1) / np.linalg.norm((B1 + B2) @ (A1 + A2))
 
 
 EXERCISES = (
@@ -56,28 +68,27 @@ EXERCISES = (
     Exercise(
         name="11.2",
         statement=(
-            "Write `summed(A1, B1, s1, A2, B2, s2)`: the matrix s1 B1 A1 + s2 B2 A2, as one "
-            "product of two factors side by side."
+            "Write `side_by_side(A1, B1, s1, A2, B2, s2)`: the factors (A, B) of one adapter of "
+            "scale 1 with B A = s1 B1 A1 + s2 B2 A2.  Ranks add, and the scales go into B."
         ),
-        hint="np.concatenate along the columns of B and the rows of A; the scales go into B.",
+        hint="np.concatenate along the rows of A and along the columns of B.",
         draw=two,
         solution=side_by_side,
-        wrong=lambda A1, B1, s1, A2, B2, s2: (
-            np.concatenate([B1, B2], axis=1) @ np.concatenate([A1, A2])
-        ),
+        wrong=without_scales,
         tolerance=1e-9,
         labels=("A1", "B1", "s1", "A2", "B2", "s2"),
     ),
     Exercise(
         name="11.3",
         statement=(
-            "Write `cross_terms(A1, B1, A2, B2)`: what (B1 + B2)(A1 + A2) contains beyond "
-            "B1 A1 + B2 A2."
+            "Write `cross_share(A1, B1, A2, B2)`: how large the part of (B1 + B2)(A1 + A2) that "
+            "nobody asked for is, as a share of the sum B1 A1 + B2 A2 that was meant (norms over "
+            "all entries)."
         ),
-        hint="Multiply the brackets out.",
+        hint="Multiply the brackets out.  np.linalg.norm of a matrix is the norm over all entries.",
         draw=equal_ranks,
-        solution=lambda A1, B1, A2, B2: B1 @ A2 + B2 @ A1,
-        wrong=lambda A1, B1, A2, B2: B1 @ A2,
+        solution=share_of_both,
+        wrong=share_of_all,
         tolerance=1e-9,
         labels=("A1", "B1", "A2", "B2"),
     ),

@@ -37,9 +37,12 @@ EXERCISES = (
         statement=(
             "Write `q8_0(block)`: the 32 weights of a block of Q8_0, the format of the embedding "
             "table.  Of its 34 bytes (uint8) the first two are a float16 $d$, each of the others "
-            "is a whole number $q$ from -128 to 127, and $w = d q$."
+            "is a whole number $q$ from -128 to 127, and $w = d q$.  Compute in float32."
         ),
-        hint="block[:2].copy().view(np.float16) reads the scale; np.int8 has a sign, uint8 none.",
+        hint=(
+            "block[:2].copy().view(np.float16).astype(np.float32) reads the scale; np.int8 has a "
+            "sign, uint8 none."
+        ),
         draw=an_eight_bit_block,
         solution=eight_bits,
         wrong=without_a_sign,
@@ -48,9 +51,10 @@ EXERCISES = (
     Exercise(
         name="12.2",
         statement=(
-            "Write `to_halves(w, heads)`: rows (heads · D, d_in) in which the channels that turn "
-            "together are neighbors, put into the order in which they lie D/2 apart: within each "
-            "head rows 0, 2, 4, ... come first, then rows 1, 3, 5, ..."
+            "Write `my_halves(w, heads)`, the library's `to_halves`: rows (heads · D, d_in) in "
+            "which the channels that turn together are neighbors, put into the order in which "
+            "they lie D/2 apart: within each head rows 0, 2, 4, ... come first, then rows 1, 3, "
+            "5, ..."
         ),
         hint="Reshape to (heads, D/2, 2, d_in), swap the middle two axes, and reshape back.",
         draw=rows_of_heads,
@@ -64,9 +68,9 @@ EXERCISES = (
     Exercise(
         name="12.3",
         statement=(
-            "Write `perplexity(sums, counts)`: a text was read in windows; `sums` holds the loss "
-            "of each window in nats, added up over its tokens, and `counts` how many tokens these "
-            "were.  Every token of the text counts the same."
+            "Write `my_perplexity(sums, counts)`: a text was read in windows; `sums` holds the "
+            "loss of each window in nats, added up over its tokens, and `counts` how many tokens "
+            "these were.  Every token of the text counts the same."
         ),
         hint="All the nats over all the tokens, and then one exp.",
         draw=windows_of_text,
