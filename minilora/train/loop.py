@@ -19,6 +19,19 @@ from .data import Data, Order
 from .parallel import Loss, Shards, device_of
 
 
+def eager(
+    optimizer: Any, workers: Shards, loss: Loss, train: Data, parts: list[np.ndarray],
+    key: tuple[int, int], clip: float | None, total: Any,
+) -> tuple[Any, int]:  # fmt: skip
+    """One step over the micro-batches `parts`; `total` + Σ loss, and how many items count."""
+    scored = 0
+    for micro, rows in enumerate(parts):
+        value, n = workers.add(optimizer.model, loss, train, rows, (*key, micro))
+        total, scored = total + value, scored + n
+    optimizer.step(divide_by=max(1, scored), clip=clip)
+    return total, scored
+
+
 def fit(
     optimizer: Any,
     loss: Loss,
@@ -38,6 +51,7 @@ def fit(
     checkpoints: Checkpoints | None = None,
     resume: bool = False,
     label: str = "",
+    advance: Callable = eager,
 ) -> Fit:
     """Train `optimizer.model` for `steps` steps of `batch` examples.
 
@@ -50,6 +64,8 @@ def fit(
 
     With `checkpoints`, the state is saved with each record and on Ctrl-C; with `resume` the run
     goes on from the newest one, if there is one, and ends as if it had never stopped.
+
+    `advance` makes a step: eagerly, or as a `fast.capture.CapturedStep`, on any device.
 
     Ctrl-C ends the run after the step it is in, with what was learned; a second one at once.
     Errors: `CheckpointError` for checkpoints of another run, or any without `resume`;
@@ -107,11 +123,10 @@ def fit(
         for step in range(result.steps, steps):
             lr = base_lr * schedule(step)
             optimizer.set_lr(lr)
-            scored = 0
-            for micro, rows in enumerate(np.array_split(order.rows(step), accumulate)):
-                value, n = workers.add(model, loss, train, rows, (seed, step, micro))
-                tally.total, scored = tally.total + value, scored + n
-            optimizer.step(divide_by=max(1, scored), clip=clip)
+            parts = np.array_split(order.rows(step), accumulate)
+            tally.total, scored = advance(
+                optimizer, workers, loss, train, parts, (seed, step), clip, tally.total
+            )
             tally.items += scored
             result.steps = step + 1
             bar.update(1)
