@@ -2,16 +2,24 @@
 
 import json
 import sys
+import time
+from contextlib import contextmanager
 from types import ModuleType
 
+import numpy as np
 import pytest
+from cuda_cpu import fakeblas, fakegraph
+from cuda_cpu.checks import kernels  # noqa: F401
 
 from minilora.engine import tensor
+from minilora.engine.loss import cross_entropy
 from minilora.engine.tensor import Op
 from minilora.lab import gpu_check
+from minilora.lab import gpu_speed as speed
 from minilora.lab.op_samples import SAMPLES
 
-SMALL = gpu_check.GpuCheckConfig(width=32, layers=1, length=16, batch=2, rounds=2)
+SMALL = gpu_check.GpuCheckConfig(width=32, layers=1, length=16, batch=2, rounds=2,
+                                  size=1 << 14, product=16)  # fmt: skip
 
 
 def engine_ops() -> set[str]:
@@ -64,3 +72,129 @@ def test_the_command_says_skipped_and_exits_with_zero(device, monkeypatch, tmp_p
     assert main(["gpu-check", "--out", str(tmp_path / "gpu")]) == 0
     assert "gpu-check skipped: CuPy is not installed" in capsys.readouterr().out
     assert not (tmp_path / "gpu").exists()
+
+
+# ------------------------------------------------------------------------ what is fast
+
+
+@pytest.fixture
+def cupy(device, xp):
+    if device != "cuda":
+        pytest.skip("needs a device or its stand-in")
+    return xp
+
+
+def test_the_record_holds_rates_and_costs(cupy):
+    record = gpu_check.gpu_check(SMALL)
+    rates = {row["kernel"]: row for row in record["kernels"]}
+    assert rates["copy"]["of_copy"] == 1
+    assert {"adamw", "nf4 dequantize", "layer_norm, there and back", "rope"} <= rates.keys()
+    moved = dict((name, size) for name, size, _ in speed.kernels_of(cupy, SMALL.size))
+    for name, row in rates.items():
+        assert row["gb_s"] * row["ms"] * 1e6 == pytest.approx(moved[name])
+    assert moved["copy"] == 2 * SMALL.size
+    assert moved["adamw"] == 7 * SMALL.size
+    assert moved["nf4 dequantize"] == SMALL.size * (1 + 1 / 8 + 1 / 64)
+    assert all(row["tflop_s"] > 0 for row in record["products"])
+    assert len(record["products"]) >= 4
+    assert "an op (rms_norm)" in record["launches"]
+    assert [row["to_host"] + row["to_device"] for row in record["timing"]] == [0, 0, 0]
+    report = gpu_check.gpu_report(record)
+    for word in ("of a copy", "TFLOP/s", "us of the host", "captured ms"):
+        assert word in report
+
+
+def test_a_call_is_timed(cupy):
+    assert 2 <= speed.milliseconds(cupy, lambda: time.sleep(0.002), least=0.004) < 100
+
+
+def test_what_does_not_fit_in_the_time_is_named(cupy):
+    record = gpu_check.gpu_check(gpu_check.GpuCheckConfig(seconds=-1))
+    assert record["ops"] == record["steps"] == record["kernels"] == []
+    assert {"kernels", "products", "launches", "steps, qlora"} <= set(record["left_out"])
+    assert not record["passed"]
+    report = gpu_check.gpu_report(record)
+    assert "left out, for want of time" in report
+    assert "FAILED" in report
+    found = speed.kernel_speeds(cupy, 1 << 14, lambda: True)
+    assert {row["left out"] for row in found} == {"no time"}
+
+
+def test_a_part_that_raises_is_recorded_and_the_others_run(cupy, monkeypatch):
+    def broken(cupy, count):
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(speed, "launch_costs", broken)
+    record = gpu_check.gpu_check(SMALL)
+    assert record["errors"] == {"launches": "RuntimeError: an illegal memory access"}
+    assert record["kernels"]
+    assert not record["passed"]
+    assert "ERROR in launches" in gpu_check.gpu_report(record)
+
+
+def test_crossings_are_counted_once_each_and_no_longer_afterwards(cupy):
+    before = (cupy.asarray, cupy.ndarray.get, cupy.ndarray.item)
+    a = cupy.zeros(3)
+    with speed.crossings(cupy) as counts:
+        assert counts == {"to_host": 0, "to_device": 0, "unwatched": 0}
+        float(a.sum())
+        a.get()
+        bool(a[0] > 0)
+        a.sum().item()
+        assert counts["to_host"] == 4
+        cupy.asarray(np.ones(3))
+        cupy.array([1.0, 2.0])
+        a.set(np.ones(3))
+        assert counts["to_device"] == 3
+        cupy.asarray(a)
+        cupy.asarray(2.0)
+        assert counts["to_device"] == 3
+    a.get()
+    assert counts["to_host"] == 4
+    assert (cupy.asarray, cupy.ndarray.get, cupy.ndarray.item) == before
+
+
+def test_a_step_that_waits_fails_it(cupy, monkeypatch):
+    def waiting(model, batch, rng):
+        value = model.loss(batch["ids"], batch["ids"])
+        float(value.data)
+        return value
+
+    monkeypatch.setattr(speed, "loss_of", waiting)
+    record = gpu_check.gpu_check(SMALL)
+    assert [row["to_host"] for row in record["timing"]] == [1, 1, 1]
+    assert not record["passed"]
+
+
+def by_logits(model, batch, rng):
+    return cross_entropy(model(batch["ids"]), targets=batch["ids"])
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("style", ["gpt2", "qlora"])
+def test_eager_and_captured_steps_are_compared(cupy, style, monkeypatch):
+    monkeypatch.setattr(speed, "loss_of", by_logits)
+    model = gpu_check.model_for(style, 32, 1, 16)
+    make = lambda: gpu_check.tree_to_device(model, "cuda")
+    with fakes(cupy):
+        entry = speed.step_times(cupy, make, (4, 16), 2)
+        assert entry["why_eager"] is None
+        assert entry["same_bits"] is True
+        assert entry["captured_ms"] > 0
+        assert entry["to_host"] == entry["to_device"] == 0
+        costs = speed.launch_costs(cupy, 3)
+        assert {"a kernel", "a product of ours", "a graph of 20 kernels"} <= costs.keys()
+        found = speed.product_speeds(cupy, 16, lambda: False)
+        assert any(row["product"].startswith("cuBLAS") for row in found)
+
+
+@contextmanager
+def fakes(cupy):
+    """cuBLAS and graphs on the stand-in; a card has its own."""
+    if "standin" not in cupy.__version__:
+        yield
+        return
+    raw = cupy.RawModule
+    with fakeblas.installed() as library, fakegraph.installed(cupy, library):
+        assert sys.modules["cupy"].RawModule is raw
+        yield

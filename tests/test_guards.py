@@ -59,7 +59,7 @@ def test_a_file_is_one_idea(path):
         assert ast.get_docstring(ast.parse(path.read_text())), "a file opens with its thesis"
 
 
-OPTIONAL = {"cupy", "matplotlib", "tqdm", "joblib", "threadpoolctl", "nbclient", "nbformat"}
+OPTIONAL = {"cupy", "cuda", "matplotlib", "tqdm", "joblib", "threadpoolctl", "nbclient", "nbformat"}
 PEERS = {"torch", "peft", "transformers", "bitsandbytes"}
 WORKERS = {"bench_torch.py", "bench_peers.py"}  # imported in the peers' own processes alone
 FORBIDDEN = {"pickle", "marshal", "shelve", "urllib", "http", "socket", "requests", "importlib"}

@@ -1,7 +1,9 @@
 """Is this card right, and how fast?  Every op, code, step and optimizer against NumPy."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from ..optim.paged import PagedAdamW
 from ..quant.blockwise import quantize_array
 from ..quant.codes import CODES, code
 from ..quant.linear import quantize
+from . import gpu_speed as speed
 from .op_samples import SAMPLES, Sample
 from .report import table
 
@@ -37,6 +40,9 @@ class GpuCheckConfig:
     length: int = 128
     batch: int = 16
     rounds: int = 20
+    size: int = 256 << 20  # bytes of an array whose kernel is timed
+    product: int = 8192  # rows and columns of a product that is timed
+    seconds: float = 500  # what no longer fits is left out, and named
 
 
 def why_not() -> str | None:
@@ -53,7 +59,11 @@ def why_not() -> str | None:
 
 
 def gpu_check(config: GpuCheckConfig) -> dict[str, Any]:
-    """The whole check as a record; `{"skipped": reason}` where there is no device."""
+    """The whole check as a record; `{"skipped": reason}` where there is no device.
+
+    What is right comes first, what is fast after it.  A part that raises is recorded with its
+    error; one that `seconds` leave no time for is named in `left_out`.
+    """
     reason = why_not()
     record: dict[str, Any] = {"kind": "gpu-check", "config": asdict(config)}
     if reason is not None:
@@ -62,22 +72,65 @@ def gpu_check(config: GpuCheckConfig) -> dict[str, Any]:
 
     began = time.monotonic()
     rng = np.random.default_rng(config.seed)
-    rows = []
-    for sample in progress(SAMPLES, label="ops"):
-        for rules in ("specification", "fast") if "cupy" in sample.op.fast else ("specification",):
-            rows.append(op_gap(sample, rng, rules))
-    record |= {
-        "device": device_name(cupy),
-        "cupy": cupy.__version__,
-        "ops": rows,
-        "codes": [code_gap(name, rng) for name in CODES],
-        "steps": [step_gap(style, config.seed) for style in ("gpt2", "llama", "qlora")],
-        "optimizers": [page_gap(1), page_gap(3), eight_bit_gap()],
-        "timing": step_time(config),
-        "seconds": round(time.monotonic() - began, 1),
-    }
-    checked = (*rows, *record["codes"], *record["steps"], *record["optimizers"])
-    record["passed"] = all(row["gap"] <= TOLERANCE and row["repeats"] for row in checked)
+    record |= {"device": device_name(cupy), "cupy": cupy.__version__, "left_out": [], "errors": {}}
+
+    def late() -> bool:
+        return time.monotonic() - began > config.seconds
+
+    def attempt(name: str, part: Callable[[], Any], otherwise: Any = None) -> Any:
+        if late():
+            record["left_out"].append(name)
+            return otherwise
+        try:
+            return part()
+        except Exception as error:  # a card's first contact should tell all that it can
+            record["errors"][name] = f"{type(error).__name__}: {error}"[:400]
+            return otherwise
+
+    def each(calls: dict[str, Callable[[], Any]]) -> list:
+        found = [attempt(name, call) for name, call in progress(calls.items(), label="checks")]
+        return [row for row in found if row is not None]
+
+    record["ops"] = each({
+        f"op {i}, {sample.op.__name__}, {rules}": partial(op_gap, sample, rng, rules)
+        for i, sample in enumerate(SAMPLES)
+        for rules in (("specification", "fast") if "cupy" in sample.op.fast else ("specification",))
+    })  # fmt: skip
+    record["codes"] = each({f"code {name}": partial(code_gap, name, rng) for name in CODES})
+    styles = ("gpt2", "llama", "qlora")
+    record["steps"] = each({f"steps, {s}": partial(step_gap, s, config.seed) for s in styles})
+    record["optimizers"] = each({
+        "paged AdamW, 1 page": partial(page_gap, 1),
+        "paged AdamW, 3 pages": partial(page_gap, 3),
+        "8-bit AdamW": eight_bit_gap,
+    })  # fmt: skip
+    right = not record["left_out"]
+    shape = (config.batch, config.length)
+
+    def timed(style: str) -> dict[str, Any]:
+        model = model_for(style, config.width, config.layers, config.length)
+        name = f"{style}, LoRA r=8, d{config.width}, {shape[0]} x {shape[1]} tokens"
+        return {"step": name} | speed.step_times(
+            cupy, lambda: tree_to_device(model, "cuda"), shape, config.rounds
+        )
+
+    record["timing"] = each({f"step time, {s}": partial(timed, s) for s in styles})
+    record["launches"] = attempt(
+        "launches", lambda: speed.launch_costs(cupy, 50 * config.rounds), {}
+    )
+    for name, part in (
+        ("kernels", partial(speed.kernel_speeds, cupy, config.size, late)),
+        ("products", partial(speed.product_speeds, cupy, config.product, late)),
+    ):
+        record[name] = attempt(name, part, [])
+    checked = (*record["ops"], *record["codes"], *record["steps"], *record["optimizers"])
+    quiet = [row["to_host"] + row["to_device"] == 0 for row in record["timing"]]
+    same = [row["same_bits"] is not False for row in record["timing"]]
+    record["seconds"] = round(time.monotonic() - began, 1)
+    record["passed"] = (
+        right and not record["errors"] and all(quiet) and all(same)
+        and all(row["gap"] <= TOLERANCE and row["repeats"] for row in checked)
+    )  # fmt: skip
     return record
 
 
@@ -267,34 +320,8 @@ def eight_bit_gap() -> dict[str, Any]:
     }
 
 
-def step_time(config: GpuCheckConfig) -> dict[str, Any]:
-    """Milliseconds of an eager LoRA step, the median of `rounds`; and the bytes it needs."""
-    import cupy
-
-    model = model_for("gpt2", config.width, config.layers, config.length)
-    optimizer = AdamW(tree_to_device(model, "cuda"))
-    shape = (config.batch, config.length)
-    ids = cupy.asarray(np.random.default_rng(0).integers(0, 512, shape))
-    times = []
-    for _ in range(config.rounds + 3):
-        began = time.perf_counter()
-        optimizer.model.loss(ids, ids).backward(into=optimizer.gradients)
-        optimizer.step(divide_by=ids.size)
-        optimizer.norm()  # waits for the device
-        times.append(1e3 * (time.perf_counter() - began))
-    steady = sorted(times[3:])
-    pool = getattr(cupy, "get_default_memory_pool", None)
-    return {
-        "step": f"LoRA r=8, d{config.width}, {config.batch} x {config.length} tokens, eager",
-        "ms": steady[len(steady) // 2],
-        "ms_least": steady[0],
-        "first_ms": times[0],
-        "pool_bytes": None if pool is None else int(pool().total_bytes()),
-    }
-
-
 def gpu_report(record: dict[str, Any]) -> str:
-    """A short table, the worst last."""
+    """Short tables: what is right, the worst last; then what is fast."""
     if "skipped" in record:
         return f"gpu-check skipped: {record['skipped']}"
     rows = [["what", "rules", "gap to float64", "repeats to the bit"]]
@@ -302,15 +329,38 @@ def gpu_report(record: dict[str, Any]) -> str:
     rows += [[r["op"], r["rules"], f"{r['gap']:.1e}", str(r["repeats"])] for r in worst]
     rows += [[f"quantize {r['code']}", "all", f"{r['gap']:.1e}", str(r["repeats"])]
              for r in record["codes"]]  # fmt: skip
-    rows += [[r["step"], "all", f"{r['gap']:.1e}", str(r["repeats"])]
-             for r in record["steps"] + record["optimizers"]]  # fmt: skip
-    timing = record["timing"]
-    verdict = (
-        "passed" if record["passed"] else f"FAILED: a gap above {TOLERANCE:g}, or not repeated"
-    )
-    return (
-        f"{record['device']}, CuPy {record['cupy']}, {len(record['ops'])} checks of ops\n\n"
-        f"{table(rows)}\n\n{timing['step']}: {timing['ms']:.2f} ms a step "
-        f"(least {timing['ms_least']:.2f}, first {timing['first_ms']:.0f})\n"
-        f"gpu-check {verdict} in {record['seconds']} s"
-    )
+    rows += [
+        [r["step"], "all", f"{r['gap']:.1e}", str(r["repeats"])]
+        for r in record["steps"] + record["optimizers"]
+    ]
+    parts = [f"{record['device']}, CuPy {record['cupy']}, {len(record['ops'])} checks of ops",
+             table(rows), *speeds(record)]  # fmt: skip
+    parts += [f"ERROR in {name}: {error}" for name, error in record["errors"].items()]
+    if record["left_out"]:
+        parts.append(f"left out, for want of time: {', '.join(record['left_out'])}")
+    verdict = "passed" if record["passed"] else (
+        f"FAILED: a gap above {TOLERANCE:g}, not repeated, a hidden transfer, an error, "
+        "or no time to check"
+    )  # fmt: skip
+    return "\n\n".join([*parts, f"gpu-check {verdict} in {record['seconds']} s"])
+
+
+def speeds(record: dict[str, Any]) -> list[str]:
+    """Tables of steps, launches, kernels and products, those that there are."""
+
+    def number(row: dict[str, Any], key: str, digits: int = 2) -> str:
+        return f"{row[key]:.{digits}f}" if key in row else "-"
+
+    steps = [["step", "eager ms", "captured ms", "copies", "same bits", "why eager"]]
+    steps += [[r["step"], number(r, "eager_ms"), number(r, "captured_ms"),
+               str(r["to_host"] + r["to_device"]), str(r["same_bits"]), r["why_eager"] or ""]
+              for r in record["timing"]]  # fmt: skip
+    launches = [["one call", "us of the host"]]
+    launches += [[name, f"{us:.1f}"] for name, us in record["launches"].items()]
+    kernels = [["kernel", "ms", "GB/s", "of a copy"]]
+    kernels += [[r["kernel"], number(r, "ms", 3), number(r, "gb_s", 0), number(r, "of_copy")]
+                for r in record["kernels"]]  # fmt: skip
+    products = [["float32", "ms", "TFLOP/s"]]
+    products += [[r["product"], number(r, "ms", 3), number(r, "tflop_s", 1)]
+                 for r in record["products"]]  # fmt: skip
+    return [table(rows) for rows in (steps, launches, kernels, products) if len(rows) > 1]

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 from ..engine.backend import xp_of
 from ..engine.errors import CheckpointError, MiniloraError, NumericsError
 from ..engine.progress import progress
@@ -15,6 +17,16 @@ from ..model.module import freeze, tensors
 from .checkpoint import Checkpoints, Fit, Tally, digest_of, reinstate, snapshot
 from .data import Data, Order
 from .parallel import Loss, Shards, device_of
+
+
+def eager(
+    optimizer: Any, workers: Shards, loss: Loss, train: Data, rows: np.ndarray,
+    key: tuple[int, ...], clip: float | None, accumulate: int,
+) -> tuple[Any, int]:  # fmt: skip
+    """One step over `rows`, in so many micro-batches; Σ loss, and how many items count."""
+    value, scored = workers.add(optimizer.model, loss, train, rows, key, accumulate)
+    optimizer.step(divide_by=max(1, scored), clip=clip)
+    return value, scored
 
 
 def fit(
@@ -36,6 +48,7 @@ def fit(
     checkpoints: Checkpoints | None = None,
     resume: bool = False,
     label: str = "",
+    advance: Callable = eager,
 ) -> Fit:
     """Train `optimizer.model` for `steps` steps of `batch` examples.
 
@@ -48,6 +61,8 @@ def fit(
 
     With `checkpoints`, the state is saved with each record and on Ctrl-C; with `resume` the run
     goes on from the newest one, if there is one, and ends as if it had never stopped.
+
+    `advance` makes a step: eagerly, or as a `fast.capture.CapturedStep`, on any device.
 
     Ctrl-C ends the run after the step it is in, with what was learned; a second one at once.
     Errors: `CheckpointError` for checkpoints of another run, or any without `resume`;
@@ -107,10 +122,11 @@ def fit(
             lr = base_lr * schedule(step)
             optimizer.set_lr(lr)
             rows = order.rows(step)
-            value, scored = workers.add(model, loss, train, rows, (seed, step), accumulate)
+            value, scored = advance(
+                optimizer, workers, loss, train, rows, (seed, step), clip, accumulate
+            )
             tally.total = tally.total + value
             losses.append((step + 1, value))
-            optimizer.step(divide_by=max(1, scored), clip=clip)
             tally.items += scored
             result.steps = step + 1
             bar.update(1)
