@@ -67,7 +67,7 @@ class CapturedStep:
         self.seen: dict[tuple, int] = {}
         self.graphs: dict[tuple, tuple[dict, Graph]] = {}  # by shape: its batch, and the graph
         cuda = getattr(self.xp, "cuda", None)
-        self.captures = hasattr(cuda, "Stream")
+        self.captures = hasattr(getattr(cuda, "Stream", None), "begin_capture")
         self.eager: dict[tuple, str] = {}
 
     def run(self, batch: dict[str, Any], divide_by: float = 1, rng: Any = None) -> Any:

@@ -3,6 +3,7 @@
 from ..engine.fused import rows
 from ..engine.graph import together
 from ..engine.loss import IGNORE, cross_entropy, head_cross_entropy
+from .cublas import cublas
 from .cuda import Kernels, floats
 
 kernels = Kernels("loss.cu", "token_losses<float>", "add_losses")
@@ -32,20 +33,21 @@ def _(xp, x, W, *, targets, ignore_index=IGNORE, chunk=256, wants):
         return NotImplemented  # the specification says what is wrong
     shape, V = x.shape, len(W)
     x, targets = xp.ascontiguousarray(rows(x)), flat(xp, targets)
-    n = len(x)
+    n, blas = len(x), cublas(xp)
+    product = xp.matmul if blas is None else lambda a, b, out=None: blas.product(a, b, out)
     losses, logits = xp.empty(n, x.dtype), xp.empty((min(n, chunk), V), x.dtype)
     dx = xp.empty_like(x) if wants[0] else None
     dW = xp.zeros(W.shape, W.dtype) if wants[1] else None
     for start in range(0, n, chunk):
         part = slice(start, min(n, start + chunk))
         z = logits[: part.stop - start]
-        xp.matmul(x[part], W.T, out=z)
+        product(x[part], W.T, out=z)
         launch("token_losses<float>", len(z), THREADS, losses[part], z if any(wants) else None,
                z, targets[part], V, ignore_index)  # fmt: skip
         if wants[0]:
-            xp.matmul(z, W, out=dx[part])
+            product(z, W, out=dx[part])
         if wants[1]:
-            dW += z.T @ x[part]
+            dW += product(z.T, x[part])
 
     def pullback(g, wants):
         return (g * dx).reshape(shape) if wants[0] else None, g * dW if wants[1] else None

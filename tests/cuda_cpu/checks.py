@@ -17,6 +17,7 @@ from cuda_cpu import fakeraw
 from minilora.engine.backend import to_device, to_numpy
 from minilora.engine.check import gradients
 from minilora.engine.rules import reference_rules
+from minilora.model.module import cast
 from minilora.model.module import to_device as tree_to_device
 
 
@@ -78,7 +79,8 @@ def agrees(op, arrays, options=None, *, expect=(), tolerance=1e-5, scale=0.0, fr
     names must have run; a second run under another seed must give the same bits; arguments stay
     as they are.  Arguments numbered in `frozen` want no gradient.
     """
-    options = options or {}
+    narrow = lambda v: cast(v, np.float32) if hasattr(v, "dense") else v
+    options = {name: narrow(value) for name, value in (options or {}).items()}
     arrays = [np.asarray(a, np.float32) for a in arrays]
     rng = np.random.default_rng(0)
 
@@ -96,7 +98,7 @@ def agrees(op, arrays, options=None, *, expect=(), tolerance=1e-5, scale=0.0, fr
         return function, free
 
     with reference_rules():
-        function, free = run(lambda v: v.astype(np.float64) if floating(v) else v)
+        function, free = run(wide)
         shape = function(*free).data.shape
         w = np.asarray(rng.standard_normal(shape), np.float32)
         wanted, value = gradients(function, free, w.astype(np.float64))
@@ -121,8 +123,12 @@ def agrees(op, arrays, options=None, *, expect=(), tolerance=1e-5, scale=0.0, fr
     return results[0]
 
 
-def floating(value) -> bool:
-    return isinstance(value, np.ndarray) and value.dtype.kind == "f"
+def wide(value):
+    """A float array, or a base that holds some, in float64."""
+    if hasattr(value, "dense"):
+        return cast(value, np.float64)
+    floating = isinstance(value, np.ndarray) and value.dtype.kind == "f"
+    return value.astype(np.float64) if floating else value
 
 
 def apart(a, b, scale=0.0) -> float:
