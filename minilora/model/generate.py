@@ -121,8 +121,9 @@ def for_decoding(model: Any) -> Any:
 
     The same numbers in the order in which a product with few rows reads them: y = x Wᵀ sums
     columns of W scaled by x.  OpenBLAS has slow kernels for 8 or 16 rows against rows of W:
-    this way it took a half to a quarter of the time there, a tenth less for one.  It costs a copy of the weights; a weight in codes stays as it
-    is (`dequantize` first, where memory allows), and so does a tree on a GPU.
+    this way it took a half to a quarter of the time there, a tenth less for one row.  It costs
+    a copy of the weights; a weight in codes stays as it is (`dequantize` first, where memory
+    allows), and so does a tree on a GPU.
     """
 
     def convert(path: str, node: Any) -> Any:
