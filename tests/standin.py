@@ -129,7 +129,7 @@ def alloc_pinned_memory(nbytes: int) -> bytearray:
 
 # ------------------------------------------------------------------------ the array
 NUMBERS = (int, float, complex, np.generic)
-PLAIN = words("shape dtype ndim size nbytes itemsize strides flags")  # known to the host
+PLAIN = words("shape ndim size nbytes itemsize strides flags")  # known to the host
 FETCHED = words("item tolist __bool__ __int__ __float__ __complex__ __repr__ __str__ __format__")
 MISSING_METHODS = words(  # and what nobody here needs
     "ctypes getfield resize setfield setflags to_device data device dump dumps flat tobytes tofile"
@@ -151,6 +151,7 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
     __len__ = lambda self: len(self._a)
     __iter__ = lambda self: (self[i] for i in range(len(self)))
     __reduce__ = lambda self: (asarray, (self.get(),))
+    dtype = property(lambda self: self._a.dtype)  # CuPy's is an attribute of the class too
 
     def __init__(self, host: np.ndarray, base: "ndarray | None", owned: int):
         self._a, self.base, self.owned = host, base, owned

@@ -12,6 +12,7 @@ from minilora.engine import attention, fused, loss
 from minilora.engine.check import gradients
 from minilora.engine.rules import reference_rules
 from minilora.engine.tensor import Op, Parameter, Tensor
+from minilora.fast.cpu import narrow, over_rows, stack_height
 from minilora.model.layers import Linear
 
 pytestmark = pytest.mark.usefixtures("on_the_host")
@@ -96,9 +97,9 @@ def test_it_is_its_specification(name, n, T, d, seed):
     with reference_rules():
         wanted, value = gradients(lambda *a: op(*a, **with_base(options, np.float64)), arrays, w)
     for dtype, tolerance in ((np.float64, 1e-12), (np.float32, 2e-5)):
-        narrow = [a.astype(dtype) for a in arrays]
+        small = [a.astype(dtype) for a in arrays]
         call = lambda *a, dtype=dtype: op(*a, **with_base(options, dtype))
-        found, fast = gradients(call, narrow, w.astype(dtype))
+        found, fast = gradients(call, small, w.astype(dtype))
         pairs = [(fast.data, value.data), *zip(found, wanted, strict=True)]
         for a, b in pairs:
             assert a.dtype == dtype
@@ -128,8 +129,8 @@ def test_attention_and_turns_over_a_cache(N, S, heads, D, kind, seed):
         wanted = attention.attention(q, k, v, positions=positions).data
         turned = attention.rope(pair, **turn).data
     for dtype, tolerance in ((np.float64, 1e-12), (np.float32, 2e-5)):
-        narrow = [a.astype(dtype) for a in (q, k, v)]
-        found = attention.attention(*narrow, positions=positions).data
+        small = [a.astype(dtype) for a in (q, k, v)]
+        found = attention.attention(*small, positions=positions).data
         assert found.dtype == dtype
         np.testing.assert_allclose(found, wanted, rtol=tolerance, atol=tolerance)
         found = attention.rope(pair.astype(dtype), **turn).data
@@ -149,6 +150,31 @@ def test_only_what_is_wanted_is_computed_and_the_same(name):
         p = Parameter(array)
         value = op(*[p if j == i else a for j, a in enumerate(arrays)], **options)
         np.testing.assert_allclose(value.backward(w)[p], whole[i], rtol=1e-12, atol=1e-13)
+
+
+@given(
+    st.integers(1, 700), st.sampled_from([1, 100, 256, 1000]), st.sampled_from([1, 8, 64]),
+    st.sampled_from([np.float32, np.float64]), st.integers(0, 99),
+)  # fmt: skip
+def test_products_in_stacks_are_products(n, d, r, dtype, seed):
+    """Rows that fill stacks, rows left over, and too few or too wide for any."""
+    rng = np.random.default_rng(seed)
+    x, M, u = (rng.standard_normal(s).astype(dtype) for s in ((n, d), (d, r), (n, r)))
+    height = stack_height(n, d, r)
+    assert height == 0 or (height < n and height * d * r <= 800_000)
+    for found, a, b in ((narrow(x, M), x, M), (over_rows(u, x), u.T, x)):
+        wanted = a.astype(np.float64) @ b.astype(np.float64)
+        assert found.dtype == dtype and found.shape == wanted.shape
+        gap = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+        assert gap <= 8 * np.finfo(dtype).eps * max(1, np.sqrt(max(n, d)) / 8)
+
+
+def test_stacks_are_used_where_they_pay():
+    assert stack_height(1024, 256, 8) == 256
+    assert stack_height(1024, 1536, 8) == 64
+    assert stack_height(1024, 384, 64) == 32
+    assert stack_height(1024, 1536, 64) == 0  # wide enough for a packed product
+    assert stack_height(64, 256, 8) == 0
 
 
 @pytest.mark.parametrize("name", FAST_OPS)

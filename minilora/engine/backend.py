@@ -18,15 +18,25 @@ def xp_of(array: Any) -> ModuleType:
     return sys.modules[package_of(type(array))]
 
 
+# What follows is asked several times in every op, hence remembered by class.
+
+
 @cache
 def package_of(kind: type) -> str:
-    """The package that a class comes from: asked several times in every op, hence remembered."""
+    """The package that a class comes from."""
     return kind.__module__.partition(".")[0]
+
+
+@cache
+def library_of(kind: type) -> str | None:
+    """The name of the library whose arrays are of this class; None if it is no array."""
+    package = package_of(kind)
+    return package if package in LIBRARIES and hasattr(kind, "dtype") else None
 
 
 def is_array(value: Any) -> bool:
     """True for an array of a supported library; False for numbers, lists, None."""
-    return package_of(type(value)) in LIBRARIES and hasattr(value, "dtype")
+    return library_of(type(value)) is not None
 
 
 def to_device(array: Any, device: str) -> Any:

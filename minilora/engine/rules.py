@@ -1,13 +1,14 @@
 """One rule, many speeds: the readable rule is the specification, faster ones stand beside it."""
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
-from .backend import is_array, xp_of
+from .backend import library_of
 from .errors import MiniloraError
 
 _only_reference: ContextVar[bool] = ContextVar("only_reference", default=False)
@@ -56,17 +57,19 @@ class Rule:
 
         `wants` says which arguments want a gradient, to a rule that declares it.
         """
-        fast = self.fast.get(xp.__name__)
-        rules = (self.specification,)
-        if fast is not None and not _only_reference.get():
-            rules = (fast, self.specification)
-        for rule in rules:
+        rule = self.fast.get(xp.__name__)
+        if rule is None or _only_reference.get():
+            rule = self.specification
+        while True:
             if rule in self.told_wants:
                 value = rule(xp, *arguments, **options, wants=wants)
             else:
                 value = rule(xp, *arguments, **options)
             if value is not NotImplemented:
                 return value
+            if rule is self.specification:
+                break
+            rule = self.specification
         raise MiniloraError(f"{self.__name__}: no rule takes these arguments")
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
@@ -89,16 +92,15 @@ def common_library(name: str, arguments: Sequence, options: dict) -> ModuleType:
     """The one library of all arrays given.  Errors: none given, or two libraries."""
     found = None
     for value in (*arguments, *options.values()):
-        if not is_array(value):
+        library = library_of(type(value))
+        if library is None or library == found:
             continue
-        library = xp_of(value)
-        if found is None:
-            found = library
-        elif library is not found:
+        if found is not None:
             raise MiniloraError(
-                f"{name}: arrays of {found.__name__} and {library.__name__} meet; "
+                f"{name}: arrays of {found} and {library} meet; "
                 "move them to one device with to_device"
             )
+        found = library
     if found is None:
         raise MiniloraError(f"{name}: expected at least one array, found none")
-    return found
+    return sys.modules[found]

@@ -32,11 +32,13 @@ class Tensor:
     __array_ufunc__ = None  # array + Tensor asks Tensor.__radd__
 
     def __init__(self, data: Any, node: Node | None = None, slot: int = 0):
-        if not is_array(data):
-            data = np.asarray(data, dtype=np.float32)
-        elif isinstance(data, np.generic):
-            data = np.asarray(data)
-        expect_float(type(self).__name__, data)
+        if type(data) is not np.ndarray:
+            if not is_array(data):
+                data = np.asarray(data, dtype=np.float32)
+            elif isinstance(data, np.generic):
+                data = np.asarray(data)
+        if data.dtype.kind not in "fc":
+            expect_float(type(self).__name__, data)
         self.data, self.node, self.slot = data, node, slot
 
     # What an op asks: to whom is a cotangent owed?  None: to nobody.
@@ -170,12 +172,12 @@ class Op(Rule):
     """
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        arrays, parents = [], []
+        arrays, parents, wants = [], [], []
         for value in arguments:
             parent = None
             if isinstance(value, Tensor):
-                if (target := value.target) is not None:
-                    parent = (target, value.slot)
+                if value.node is not None or isinstance(value, Parameter):
+                    parent = (value.target, value.slot)
                 value = value.data
             elif isinstance(value, np.generic):
                 value = value.item()  # so that float32 stays float32
@@ -188,11 +190,12 @@ class Op(Rule):
                 )
             arrays.append(value)
             parents.append(parent)
+            wants.append(parent is not None)
         for name, value in options.items():
             if isinstance(value, Tensor):
                 raise MiniloraError(f"{self.__name__}: {name} takes no Tensor; pass .data")
         xp = common_library(self.__name__, arrays, options)
-        wants = tuple([parent is not None for parent in parents])
+        wants = tuple(wants)
         value, pullbacks = self.run(xp, arrays, options, wants)
 
         if True not in wants or pullbacks is None:  # None: from a rule that was told so

@@ -24,8 +24,11 @@ from ..engine.fused import (
 )
 from ..engine.graph import together
 from ..engine.loss import head_cross_entropy
+from ..engine.tensor import swap
 
-BLOCK = 1 << 16  # entries of a block: 256 KiB of float32, a handful of them fit a level-2 cache
+# Entries of a block: 512 KiB of float32, half a level-2 cache.  Each call into NumPy hands the
+# interpreter to the other threads and may have to wait for it after: shorter blocks cost more.
+BLOCK = 1 << 17
 
 
 class Arena(threading.local):
@@ -68,26 +71,23 @@ def _(xp, x, *, wants):
     for part in blocks(x.size):
         a, b = flat_x[part], flat_y[part]
         square = arena.take("gelu square", a.shape, a.dtype)
-        t = arena.take("gelu tanh", a.shape, a.dtype)
+        half = arena.take("gelu half", a.shape, a.dtype)
         np.multiply(a, a, out=square)
-        np.multiply(square, GELU_SCALE * GELU_CUBE, out=t)
-        t += GELU_SCALE
-        t *= a
-        np.tanh(t, out=t)  # t = tanh(√(2/π) (x + 0.044715 x³))
-        np.multiply(a, 0.5, out=b)  # x/2, for now
-        if flat_slope is not None:
+        np.multiply(square, GELU_SCALE * GELU_CUBE, out=half)
+        half += GELU_SCALE
+        half *= a
+        np.tanh(half, out=half)  # t = tanh(√(2/π) (x + 0.044715 x³))
+        half *= 0.5
+        half += 0.5  # (1 + t)/2, for now h
+        np.multiply(a, half, out=b)
+        if flat_slope is not None:  # h + y (1 - h) 2 √(2/π) (1 + 3·0.044715 x²)
             s = flat_slope[part]
-            np.multiply(square, 3 * GELU_SCALE * GELU_CUBE, out=square)
-            square += GELU_SCALE
-            square *= b
-            np.multiply(t, t, out=s)
-            np.subtract(1, s, out=s)
-            s *= square  # x/2 (1 - t²) √(2/π) (1 + 3·0.044715 x²)
-        t += 1
-        b *= t
-        if flat_slope is not None:
-            t *= 0.5
-            s += t
+            square *= 6 * GELU_SCALE * GELU_CUBE
+            square += 2 * GELU_SCALE
+            np.subtract(1, half, out=s)
+            s *= b
+            s *= square
+            s += half
     return y, (lambda g: g * slope,)
 
 
@@ -112,18 +112,55 @@ def _(xp, x, A, B, *, base, scale, wants):
     y = x @ updated().T
     if base.bias is not None:
         y += base.bias.data
-    u = x @ A.T if wants[2] else None  # (n, r)
+    u = narrow(x, A.T) if wants[2] else None  # (n, r)
     kept_x = x if wants[1] else None
 
     def pullback(g, wants):
         g = rows(g)
         return (
             (g @ updated()).reshape(shape) if wants[0] else None,
-            ((g @ B) * scale).T @ kept_x if wants[1] else None,
-            (u.T @ g).T * scale if wants[2] else None,  # the faster of the two orders
+            over_rows(narrow(g, B) * scale, kept_x) if wants[1] else None,
+            over_rows(u, g).T * scale if wants[2] else None,
         )
 
     return y.reshape(*shape[:-1], d_out), together(pullback)
+
+
+def stack_height(n: int, d: int, r: int) -> int:
+    """Rows of a stack, 0 for no stacks.
+
+    OpenBLAS multiplies up to 10^6 terms without packing its arguments into buffers first, and
+    packing an (n, d) matrix takes as long as its product with eight columns.
+    """
+    height = 1 << max(0, int(800_000 / (d * r)).bit_length() - 1)
+    return height if 32 <= height < n else 0
+
+
+def narrow(x, M):
+    """x M for few columns: x (n, d), M (d, r)."""
+    (n, d), r = x.shape, M.shape[1]
+    height = stack_height(n, d, r)
+    if not height:
+        return x @ M
+    whole, y = n - n % height, np.empty((n, r), x.dtype)
+    np.matmul(x[:whole].reshape(-1, height, d), M, out=y[:whole].reshape(-1, height, r))
+    if whole < n:
+        np.matmul(x[whole:], M, out=y[whole:])
+    return y
+
+
+def over_rows(u, x):
+    """uᵀ x for few columns of u: u (n, r), x (n, d)."""
+    (n, r), d = u.shape, x.shape[1]
+    height = stack_height(n, d, r)
+    if not height:
+        return u.T @ x
+    whole = n - n % height
+    stacks = swap(u[:whole].reshape(-1, height, r)) @ x[:whole].reshape(-1, height, d)
+    total = stacks.sum(axis=0)
+    if whole < n:
+        total += u[whole:].T @ x[whole:]
+    return total
 
 
 @layer_norm.on("numpy")
@@ -187,7 +224,8 @@ def normalized(x, weight, bias, eps, centered):
                 along = np.vecdot(h, n[part])[:, None] / C
                 if centered:
                     h -= (h @ average)[:, None]
-                h -= n[part] * along
+                along = np.multiply(n[part], along, out=arena.take("norm", h.shape, h.dtype))
+                h -= along
                 h *= inverse[part]
         dx = None if dx is None else dx.reshape(shape)
         if bias is None:

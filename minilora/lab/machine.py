@@ -70,14 +70,18 @@ def keep_large_blocks() -> bool:
     """Let glibc's malloc keep freed blocks of up to a gigabyte, instead of returning each to the
     kernel and taking fresh pages, which have to be zeroed, for the next.  True where it could.
 
+    All threads share one arena: glibc returns those of other threads to the kernel once they
+    are empty, whatever else it is told.  Under one interpreter, threads seldom wait for malloc.
+
     Called once by the command line; the library leaves its host process as it finds it.
-    (mallopt(3): M_MMAP_THRESHOLD = -3, M_TRIM_THRESHOLD = -1.)
+    (mallopt(3): M_MMAP_THRESHOLD = -3, M_TRIM_THRESHOLD = -1, M_ARENA_MAX = -8.)
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
         return False
-    return all(mallopt(option, size) == 1 for option, size in ((-3, 1 << 30), (-1, (1 << 31) - 1)))
+    settings = (-3, 1 << 30), (-1, (1 << 31) - 1), (-8, 1)
+    return all(mallopt(option, value) == 1 for option, value in settings)
 
 
 def sgemm_ceiling(products: Callable[[], Any], count: int, seconds: float = 0.5) -> float:
