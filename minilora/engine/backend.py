@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .bf16 import BF16
 from .errors import MiniloraError
 
 DEVICES = ("cpu", "cuda")
@@ -15,18 +16,25 @@ LIBRARIES = ("numpy", "cupy")
 
 def xp_of(array: Any) -> ModuleType:
     """The library that owns `array`: `numpy` or `cupy`.  No import, no probe."""
-    return sys.modules[package_of(type(array))]
+    try:
+        return sys.modules[package_of(type(array))]
+    except KeyError:
+        return xp_of(array.bits)  # of a BF16
 
 
 @cache
 def package_of(kind: type) -> str:
-    """The package that a class comes from: asked several times in every op, hence remembered."""
-    return kind.__module__.partition(".")[0]
+    """The package that a class comes from: asked several times in every op, hence remembered.
+
+    "BF16" for that class, which does not say whose its bits are.
+    """
+    return "BF16" if kind is BF16 else kind.__module__.partition(".")[0]
 
 
 def is_array(value: Any) -> bool:
     """True for an array of a supported library; False for numbers, lists, None."""
-    return package_of(type(value)) in LIBRARIES and hasattr(value, "dtype")
+    kind = type(value)
+    return kind is BF16 or (package_of(kind) in LIBRARIES and hasattr(value, "dtype"))
 
 
 def to_device(array: Any, device: str) -> Any:
@@ -38,13 +46,18 @@ def to_device(array: Any, device: str) -> Any:
     """
     if device not in DEVICES:
         raise MiniloraError(f"device: expected one of {DEVICES}, found {device!r}")
+    if type(array) is BF16:
+        bits = to_device(array.bits, device)
+        return array if bits is array.bits else BF16(bits)
     if device == "cpu":
         return to_numpy(array)
     return cupy().asarray(array)
 
 
 def to_numpy(array: Any) -> np.ndarray:
-    """A host copy of a device array; a host array itself."""
+    """A host copy of a device array; a host array itself; of a BF16 its numbers in float32."""
+    if type(array) is BF16:
+        return BF16(to_numpy(array.bits)).float32()
     return array.get() if hasattr(array, "get") else np.asarray(array)
 
 

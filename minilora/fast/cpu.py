@@ -24,6 +24,7 @@ from ..engine.fused import (
 )
 from ..engine.graph import together
 from ..engine.loss import head_cross_entropy
+from ..engine.rules import wide
 
 BLOCK = 1 << 16  # entries of a block: 256 KiB of float32, a handful of them fit a level-2 cache
 
@@ -111,7 +112,7 @@ def _(xp, x, A, B, *, base, scale, wants):
     x_dtype = x.dtype
     y = x @ updated().T
     if base.bias is not None:
-        y += base.bias.data
+        y += wide(base.bias.data)
     u = x @ A.T if wants[2] else None  # (n, r)
     kept_x = x if wants[1] else None
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from ..engine.backend import xp_of
 from ..engine.errors import MiniloraError
+from ..engine.rules import wide
 from ..engine.tensor import Tensor
 
 
@@ -20,8 +21,8 @@ class LayerCache:
         """Write k and v (N, T, K, D) at `positions` (N, T); return all before `stop`, as views."""
         if k.target is not None or v.target is not None:
             raise MiniloraError("cache: generate from a frozen model: freeze(model)")
-        self.keys[self.rows, positions] = k.data
-        self.values[self.rows, positions] = v.data
+        self.keys[self.rows, positions] = wide(k.data)
+        self.values[self.rows, positions] = wide(v.data)
         return Tensor(self.keys[:, : self.stop]), Tensor(self.values[:, : self.stop])
 
 
