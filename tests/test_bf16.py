@@ -28,6 +28,7 @@ from minilora.engine.check import gradients
 from minilora.engine.rules import narrow, stored_as, summed, wide, widen
 from minilora.engine.tensor import op
 from minilora.lab.op_samples import SAMPLES
+from minilora.model.cache import KVCache
 from minilora.model.layers import Linear
 from minilora.model.module import cast, rebuild, tensors
 from minilora.quant.bf16 import to_bf16
@@ -418,6 +419,12 @@ def test_it_generates_and_merges(device):
     ids = array_to_device(np.array([[1, 2, 3, 4]]), device)
     a, b = (m(ids).numpy() for m in (freeze(model), plain))
     assert np.linalg.norm(a - b) <= 2e-2 * np.linalg.norm(b)
+
+
+def test_keys_and_values_are_kept_as_the_activations_are():
+    model = init_transformer(STYLES["llama"], np.random.default_rng(0))
+    sizes = [KVCache(m, 2, 10).layers[0].keys for m in (model, to_bf16(freeze(model)))]
+    assert [(a.dtype, a.nbytes) for a in sizes] == [(F32, 1280), (BFLOAT16, 640)]
 
 
 def test_codes_are_made_dense_in_bfloat16(device):

@@ -135,11 +135,10 @@ def test_what_does_not_fit_is_refused():
 PLANTED = {
     "transposes": ("tb, ta, N, M, K", "ta, tb, N, M, K"),
     "sizes": ("tb, ta, N, M, K", "tb, ta, M, N, K"),
-    "leading dimensions": ("b.data.ptr, R_32F, ldb", "b.data.ptr, R_32F, lda"),
+    "leading dimensions": ("at_b, kind, ldb", "at_b, kind, lda"),
     "beta": ("byref(c_float(beta))", "byref(c_float(0))"),
     "alpha": ("byref(c_float(alpha))", "byref(c_float(1))"),
-    "swap": ("b.data.ptr, R_32F, ldb, a.data.ptr, R_32F, lda",
-             "a.data.ptr, R_32F, lda, b.data.ptr, R_32F, ldb"),
+    "swap": ("at_b, kind, ldb, at_a, kind, lda", "at_a, kind, lda, at_b, kind, ldb"),
     "workspace": ('self.ask("cublasSetWorkspace_v2", self.handle, self.workspace.data.ptr, '
                   "WORKSPACE)", "pass"),
     "an integer too few": ("c_void_p, c_int, c_int, c_int, c_int, c_int, POINTER",

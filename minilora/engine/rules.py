@@ -200,4 +200,5 @@ def moves(op: Rule, when: Callable[..., bool] = lambda wants, **options: True) -
 
 
 def bits_in(value: Any) -> Any:
+    """The array that holds the memory: of a BF16 its bits."""
     return value.bits if type(value) is BF16 else value

@@ -11,16 +11,19 @@ template <int WIDTH> struct Backward {
 };
 
 // delta[n][h][t] = sum over d of g o.   One warp a row; o (N, T, H, D) is contiguous.
+template <typename E>
 __global__ void __launch_bounds__(THREADS)
-    attention_delta(Strided<const float*> g, const float* o, float* delta, long long gn,
+    attention_delta(Strided<const E*> g, const E* o, float* delta, long long gn,
                     long long gt, long long gh, int T, int H, int D, long long rows) {
     const long long row = (long long)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
     if (row >= rows) return;  // a warp as a whole
     const int h = row % H, lane = threadIdx.x % 32;
     const long long t = row / H % T, n = row / H / T;
-    const float* at = g.at + n * gn + t * gt + h * gh;
+    const E* at = g.at + n * gn + t * gt + h * gh;
     float sum = 0;
-    for (int d = lane; d < D; d += 32) sum += at[d] * o[row * D + d];
+    o += row * D;
+    for (int d = lane; d < D; d += 32)
+        sum += load(at + d, Width<1>()).v[0] * load(o + d, Width<1>()).v[0];
     sum = warp_sum(sum);
     if (lane == 0) delta[(n * H + h) * T + t] = sum;
 }
@@ -53,10 +56,10 @@ template <int R> __device__ void write_weights(float* weights, float (&w)[R][4],
         for (int j = 0; j < 4; j++) weights[(y + 8 * i) * WEIGHT_LD + x + 16 * j] = w[i][j];
 }
 
-template <int WIDTH>
+template <typename E, int WIDTH>
 __global__ void __launch_bounds__(THREADS, 2)
-    attention_backward_q(Strided<const float*> q, Strided<const float*> k, Strided<const float*> v,
-                         Strided<const float*> g, const float* lse, const float* delta, float* dq,
+    attention_backward_q(Strided<const E*> q, Strided<const E*> k, Strided<const E*> v,
+                         Strided<const E*> g, const float* lse, const float* delta, E* dq,
                          long long qn, long long qt, long long qh, long long kn, long long kt,
                          long long kh, long long vn, long long vt, long long vh, long long gn,
                          long long gt, long long gh, int T, int H, int K, int D, float scale) {
@@ -73,8 +76,8 @@ __global__ void __launch_bounds__(THREADS, 2)
     const int n = blockIdx.x / H, h = blockIdx.x % H, key_head = h / (H / K);
     const int start = (gridDim.y - 1 - blockIdx.y) * QUERIES;
     const int end = start + QUERIES < T ? start + QUERIES : T;
-    const float* of_keys = k.at + n * kn + key_head * kh;
-    const float* of_values = v.at + n * vn + key_head * vh;
+    const E* of_keys = k.at + n * kn + key_head * kh;
+    const E* of_values = v.at + n * vn + key_head * vh;
     lse += ((long long)n * H + h) * T;
     delta += ((long long)n * H + h) * T;
     load_tile<WIDTH, QUERIES>(queries, q.at + n * qn + start * qt + h * qh, qt, T - start, D,
@@ -127,11 +130,11 @@ __device__ void add_transposed(float (&sum)[8][WIDTH / 16], const float* weights
     }
 }
 
-template <int WIDTH>
+template <typename E, int WIDTH>
 __global__ void __launch_bounds__(THREADS, 2)
-    attention_backward_kv(Strided<const float*> q, Strided<const float*> k, Strided<const float*> v,
-                          Strided<const float*> g, const float* lse, const float* delta, float* dk,
-                          float* dv, long long qn, long long qt, long long qh, long long kn,
+    attention_backward_kv(Strided<const E*> q, Strided<const E*> k, Strided<const E*> v,
+                          Strided<const E*> g, const float* lse, const float* delta, E* dk,
+                          E* dv, long long qn, long long qt, long long qh, long long kn,
                           long long kt, long long kh, long long vn, long long vt, long long vh,
                           long long gn, long long gt, long long gh, int T, int H, int K, int D,
                           float scale) {
