@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from .backend import is_array, xp_of
-from .bf16 import BF16, bits_of, float32_of
+from .bf16 import BF16, BFLOAT16, bits_of, float32_of
 from .errors import MiniloraError
 
 _only_reference: ContextVar[bool] = ContextVar("only_reference", default=False)
@@ -145,6 +145,11 @@ def stored_as(like: Any, value: Any) -> Any:
     if type(like) is not BF16:
         return wide(value)
     return value if type(value) is BF16 else BF16(narrow(value))
+
+
+def cast_array(value: Any, dtype: Any) -> Any:
+    """The array in another float type, which may be BFLOAT16."""
+    return BF16(narrow(wide(value))) if dtype == BFLOAT16 else value.astype(dtype)
 
 
 def in_two_bytes(value: Any) -> Any:
