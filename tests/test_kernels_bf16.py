@@ -24,6 +24,7 @@ from minilora.engine import attention, fused, loss, tensor
 from minilora.engine.backend import to_numpy
 from minilora.engine.bf16 import BF16, BFLOAT16, bits_of, float32_of
 from minilora.engine.rules import narrow, reference_rules, summed, widen
+from minilora.fast import cuda_attention
 from minilora.lab.op_samples import SAMPLES
 from minilora.model.module import to_device
 from minilora.quant.bf16 import to_bf16
@@ -188,7 +189,7 @@ def test_head_cross_entropy(blas, chunk, frozen):
 
 # ----------------------------------------------------------------------------- attention
 
-BACK = {"attention_delta", "attention_backward_q", "attention_backward_kv"}
+BACK = {"attention_delta", "attention_backward_q_mma", "attention_backward_kv_mma"}
 
 
 def drawn(N, T, H, K, D, S=None, seed=0):
@@ -205,7 +206,7 @@ def test_attention(T, D):
     tolerance = 6e-3 if T < 9 else 4e-3
     agrees(attention.attention, drawn(1, T, 2, 1, D), half=(0, 1, 2), scale=scale,
            tolerance=tolerance,
-           expect=BACK | {"attention_forward"})  # fmt: skip
+           expect=BACK | {"attention_forward_mma"})  # fmt: skip
 
 
 def test_attention_reads_packed_heads_where_they_lie():
@@ -213,7 +214,7 @@ def test_attention_reads_packed_heads_where_they_lie():
         return attention.attention(*attention.split_heads(x, heads=(4, 2, 2), width=16))
 
     x = drawn(2, 70, 8, 1, 16)[0].reshape(2, 70, -1)
-    agrees(layer, [x], half=(0,), expect=BACK | {"attention_forward"})
+    agrees(layer, [x], half=(0,), expect=BACK | {"attention_forward_mma"})
 
 
 @pytest.mark.parametrize("T, S", [(1, 300), (3, 140), (20, 90)])
@@ -227,7 +228,9 @@ def test_attention_over_a_cache(T, S):
         wide = [float32_of(bits_of(a)).astype(np.float64) for a in (q, k, v)]
         wanted = attention.attention(*wide, positions=at).data
     assert apart(value.numpy(), wanted) < 4e-3
-    assert names == (["attention_cached"] if T > 8 else ["attention_decode", "attention_combine"])
+    assert names == (
+        ["attention_cached_mma"] if T > 8 else ["attention_decode", "attention_combine"]
+    )
 
 
 # ------------------------------------------------------------------------------- codes
@@ -318,8 +321,8 @@ MODELS = {
     "gpt2": TransformerConfig.gpt2(**SHAPE),
     "llama": TransformerConfig(**SHAPE, key_heads=2, hidden=96),
 }
-HOT = {"norm_forward", "norm_backward", "attention_forward", "attention_backward_q",
-       "attention_backward_kv", "token_losses", "embedding_forward", "added"}  # fmt: skip
+HOT = BACK | {"norm_forward", "norm_backward", "attention_forward_mma", "token_losses",
+              "embedding_forward", "added"}  # fmt: skip
 
 
 def steps(model, device, count=6):
@@ -409,17 +412,110 @@ with installed(fakeraw.planted({edit!r})):
     widen(on_device(np.zeros(70, np.uint16))[1:])
 """
 ATTENTION = {
-    "the mask off by one": ("first + x + 16 * j > limit[i]", "first + x + 16 * j > limit[i] + 1"),
-    "the tile's factor left out": ("for (float& v : x.v) v *= factor;", ""),
     "delta from the wrong row": ("o += row * D;", "o += (row + 1) % rows * D;"),
-}
+    "the left side's halves swapped": ("{pair(w[j][0], w[j][1]), pair(w[j][2], w[j][3]),",
+                                       "{pair(w[j][2], w[j][3]), pair(w[j][0], w[j][1]),"),
+    "the right side's registers swapped": ("multiply(s[j], left, right[0], right[1])",
+                                           "multiply(s[j], left, right[1], right[0])"),
+    "values not transposed": ("fetch<true>(right, b", "fetch<false>(right, b"),
+    "rows 8 and on read for columns 8 and on": (
+        "(threadIdx.x / LANES * 16 + low + 8 * odd) * ROW<WIDTH> + 8 * far",
+        "(threadIdx.x / LANES * 16 + low + 8 * far) * ROW<WIDTH> + 8 * odd"),
+    "the next eight keys are the same": ("multiply(s[j + 1], left, right[2], right[3])",
+                                         "multiply(s[j + 1], left, right[0], right[1])"),
+    "the mask off by one": ("e % 2 <= limit[i]", "e % 2 <= limit[i] + 1"),
+    "the mask off by one for dq": ("ds[j][e] = key <= mine", "ds[j][e] = key < mine"),
+    "the mask off by one for dk": ("(e / 2) <= start + column", "(e / 2) < start + column"),
+    "old sums not scaled down": ("sum[c][2 * i] *= shrink;", ";"),
+    "a lane left out of the sum": ("total[i] += __shfl_xor_sync(ALL, total[i], 2);", ""),
+    "a lane left out of the maximum": ("fmaxf(high, __shfl_xor_sync(ALL, high, 1))", "high"),
+    "lse without its maximum": ("= top[i] + log2f(total[i])", "= log2f(total[i])"),
+    "heads grouped the wrong way": ("h < (key_head + 1) * group", "h < key_head * group + 1"),
+    "no wait for the tiles before": ("__syncthreads();  // the tiles", "// the tiles"),
+    "read before it is there": ("        __syncthreads();\n        float s[8][4];\n",
+                                "        float s[8][4];\n"),
+    "slopes read before they are there": ("            __syncthreads();\n            float p[8][4]",
+                                          "            float p[8][4]"),
+    "an odd width written in pairs": ("if (D % 2 == 0 && d < D)", "if (d < D)"),
+}  # fmt: skip
 
 
 @pytest.mark.usefixtures("on_the_cpu")
 @pytest.mark.parametrize("edit", ATTENTION.values(), ids=ATTENTION)
 def test_a_planted_mistake_in_attention_is_caught(edit):
+    assert edit[0] in cuda_attention.tiled["bf16", 32].source()
     with installed(fakeraw.planted(edit)), pytest.raises((AssertionError, RuntimeError)):
-        agrees(attention.attention, drawn(1, 70, 2, 1, 16), half=(0, 1, 2))
+        agrees(attention.attention, drawn(1, 130, 4, 2, 31), half=(0, 1, 2), scale=1.0)
+
+
+FRAGMENTS = """
+__global__ void product(float* d, const unsigned* a, const unsigned* b) {
+    float sum[4] = {1, 1, 1, 1};
+    unsigned left[4] = {a[4 * threadIdx.x], a[4 * threadIdx.x + 1], a[4 * threadIdx.x + 2],
+                        a[4 * threadIdx.x + 3]};
+    multiply(sum, left, b[2 * threadIdx.x], b[2 * threadIdx.x + 1]);
+    for (int i = 0; i < 4; i++) d[4 * threadIdx.x + i] = sum[i];
+}
+"""
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_the_tensor_core_of_the_cpu_is_that_of_the_manual():
+    """Fragments as the PTX manual draws them, for mma.m16n8k16 with .bf16, lane by lane."""
+    rng = RNG(0)
+    A, B = (bits_of(rng.standard_normal(s)) for s in ((16, 16), (16, 8)))
+    a, b = np.zeros((32, 8), np.uint16), np.zeros((32, 4), np.uint16)
+    for lane in range(32):
+        group, thread = lane >> 2, lane % 4
+        for i in range(8):  # ai: row groupID + 8 for 2, 3, 6, 7; column + 8 for i >= 4
+            row = group + (0 if i < 2 or 4 <= i < 6 else 8)
+            a[lane, i] = A[row, thread * 2 + (i & 1) + (0 if i < 4 else 8)]
+        for i in range(4):
+            b[lane, i] = B[thread * 2 + (i & 1) + (0 if i < 2 else 8), group]
+    code = cuda_attention.tiled["bf16", 32].source() + FRAGMENTS
+    module = fakeraw.RawModule(code=code, options=("-std=c++17",), name_expressions=("product",))
+    d = sys.modules["cupy"].empty((32, 4), np.float32)
+    words = [on_device(np.ascontiguousarray(m).view(np.uint32)) for m in (a, b)]
+    module.get_function("product")((1,), (32,), (d, *words))
+    wanted = 1 + float32_of(A).astype(np.float64) @ float32_of(B)
+    d = to_numpy(d)
+    for lane in range(32):
+        for i in range(4):
+            row, column = (lane >> 2) + (0 if i < 2 else 8), lane % 4 * 2 + (i & 1)
+            assert d[lane, i] == pytest.approx(wanted[row, column], rel=1e-5)
+
+
+ADDRESSES = """
+import standin; standin.install()
+import numpy as np
+from cuda_cpu import fakeraw
+from cuda_cpu.checks import installed, on_device
+from minilora.engine.attention import attention
+from minilora.engine.bf16 import BF16, bits_of
+from minilora.engine.tensor import Parameter
+fakeraw.RawModule.flags = ("-fsanitize=address,alignment", "-fno-sanitize-recover=alignment")
+rng = np.random.default_rng(0)
+draw = lambda *shape: BF16(on_device(bits_of(rng.standard_normal(shape))))
+odd = draw(1, 65, 4, 17)[..., 1:]  # sixteen wide, but for its strides and its start
+with installed(fakeraw.planted(*{edits!r})):
+    attention(odd, odd, odd)
+    for D in (16, 9):
+        q, k, v = (Parameter(draw(1, 65, n, D)) for n in (2, 1, 1))
+        attention(q, k, v).backward(draw(1, 65, 2, D))
+    at = on_device(np.array([[3, 40]]))
+    attention(q.data[:, :2], k.data, v.data, positions=at)
+    print("launched", len(fakeraw.RawModule.launched))
+"""
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_attention_reads_and_writes_where_it_may():
+    run = sanitized(ADDRESSES.format(edits=[]))
+    assert run.stdout == "launched 11\n", run.stderr
+    run = sanitized(ADDRESSES.format(edits=[("on16(from) && stride % 8 == 0 &&", "")]))
+    assert "misaligned address" in run.stderr
+    run = sanitized(ADDRESSES.format(edits=[("row < count && d < D ?", "d < D ?")]))
+    assert "buffer-overflow" in run.stderr
 
 
 def test_what_a_step_gives_to_parameters_is_float32(blas):

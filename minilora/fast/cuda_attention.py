@@ -17,43 +17,54 @@ FEW = 8  # queries a row, up to which each gets blocks of its own
 WAYS = ("forward", "cached", "backward_q", "backward_kv")
 LANES = (8, 16, 32)  # to a key when decoding, four channels each
 
-STORED = ("float", "bf16")
+FILES = {
+    "float": "attention_parts.cu attention.cu attention_backward.cu",
+    "bf16": "attention_parts.cu attention_mma.cu",
+}
+
+
+def kernel(way: str, E: str, width: int) -> str:
+    """The kernel for float, or for bf16 the one on tensor cores."""
+    return f"attention_{way}<{width}>" if E == "float" else f"attention_{way}_mma<{width}>"
+
 
 tiled = {
-    (E, width): Kernels(
-        "attention.cu attention_backward.cu",
-        *(f"attention_{way}<{E}, {width}>" for way in WAYS), f"attention_delta<{E}>",
-    )
-    for E in STORED for width in (32, 64, 96, 128)
-}  # fmt: skip
+    (E, width): Kernels(file, *(kernel(way, E, width) for way in WAYS), f"attention_delta<{E}>")
+    for E, file in FILES.items()
+    for width in (32, 64, 96, 128)
+}
 decoding = {
     E: Kernels(
         "decode_attention.cu", *(f"attention_decode<{E}, {n}>" for n in LANES),
         f"attention_combine<{E}>",
     )
-    for E in STORED
+    for E in FILES
 }  # fmt: skip
 
 
-def shared_bytes(way: str, width: int) -> int:
-    """Dynamic shared memory of a block: its tiles with rows of width + 4, weights of 64 + 16."""
-    rows = backward_rows(width)
-    if way in ("forward", "cached"):
+def shared_bytes(way: str, E: str, width: int) -> int:
+    """Dynamic shared memory of a block: its tiles, in float32 with rows of width + 4 and weights
+    of 64 + 16, in bfloat16 with rows of width + 8."""
+    rows = backward_rows(E, width)
+    back = way not in ("forward", "cached")
+    if E == "bf16":
+        return 2 * (3 + back) * TILE * (width + 8)
+    if not back:
         return 4 * (2 * TILE * (width + 4) + TILE * (TILE + 16))
     return 4 * (2 * (rows + TILE) * (width + 4) + rows * (TILE + 16))
 
 
-def backward_rows(width: int) -> int:
+def backward_rows(E: str, width: int) -> int:
     """Queries of a tile on the way back."""
-    return 32 if width > 64 else 64
+    return 32 if E == "float" and width > 64 else 64
 
 
 @cache
 def fits(compiler: Any, E: str, width: int, way: str) -> bool:
     """Can a block have its shared memory on this card?  More than 48 KiB must be asked for."""
-    kernel = tiled[E, width].compiled[compiler][f"attention_{way}<{E}, {width}>"]
+    function = tiled[E, width].compiled[compiler][kernel(way, E, width)]
     try:
-        kernel.max_dynamic_shared_size_bytes = shared_bytes(way, width)
+        function.max_dynamic_shared_size_bytes = shared_bytes(way, E, width)
     except RuntimeError:  # CuPy's CUDADriverError
         return False
     return True
@@ -101,8 +112,8 @@ def flash(xp, q, k, v, wants, positions=None):
         return NotImplemented
 
     def run(way, blocks, rows, *arguments):
-        grid, shared = (blocks, -(-T // rows)), shared_bytes(way, width)
-        launch(f"attention_{way}<{E}, {width}>", grid, 128, *arguments, scale, shared=shared)
+        grid, shared = (blocks, -(-T // rows)), shared_bytes(way, E, width)
+        launch(kernel(way, E, width), grid, 128, *arguments, scale, shared=shared)
 
     out, lse = empty(xp, q.shape, q.dtype), xp.empty((N, H, T), xp.float32)
     arrays = [strided(xp, a) for a in (q, k, v)]
@@ -123,7 +134,7 @@ def flash(xp, q, k, v, wants, positions=None):
         dq = dk = dv = None
         if wants[0]:
             dq = empty(xp, q.shape, q.dtype)
-            run("backward_q", N * H, backward_rows(width), *arrays, lse, delta, dq, *sizes)
+            run("backward_q", N * H, backward_rows(E, width), *arrays, lse, delta, dq, *sizes)
         if wants[1] or wants[2]:
             dk, dv = empty(xp, k.shape, k.dtype), empty(xp, v.shape, v.dtype)
             run("backward_kv", N * K, TILE, *arrays, lse, delta, dk, dv, *sizes)

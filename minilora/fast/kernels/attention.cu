@@ -1,4 +1,4 @@
-// Flash attention with float32 math, forward (Dao et al. 2022, and Dao 2023 for the loop order).
+// Flash attention in float32, forward (Dao et al. 2022, and Dao 2023 for the loop order).
 //
 // A block of 128 threads holds 64 queries of one head and walks over the keys they see, 64 at a
 // time.  Thread (y, x) of the 8 x 16 owns the queries y + 8 i, and of them the scores of the keys
@@ -8,11 +8,9 @@
 // can serve such lanes by one read.  Four channels cost a thread 12 reads and 128 FMAs.
 //
 // The softmax is in base 2: queries come in times log2(e) / sqrt(D), and so do the log-sum-exps.
-// E is the type in which entries are stored, float or bf16.  The text up to the forward kernel
-// serves `attention_backward.cu` too.
+// The text up to the forward kernel serves `attention_backward.cu` too.
 
-constexpr int THREADS = 128, TILE = 64, WEIGHT_LD = TILE + 16;
-constexpr float LOG2_E = 1.4426950408889634f;
+constexpr int WEIGHT_LD = TILE + 16;
 
 __device__ inline int own_y() { return threadIdx.x / LANES * 2 + threadIdx.x % 2; }
 __device__ inline int own_x() { return threadIdx.x / 2 % 16; }
@@ -26,52 +24,51 @@ template <int WIDTH> struct Layout {
     }
 };
 
-// rows, time and heads of an array (N, T, H, D) whose last axis is contiguous, in entries
-struct Strides { long long n, t, h; };
-
-template <typename E> __device__ bool in_fours(const E* at, long long stride, int D) {
+__device__ inline bool in_fours(const float* at, long long stride, int D) {
     return on16(at) && stride % 4 == 0 && D % 4 == 0;
 }
 
 // tile[row][d] = factor * from[row * stride + d], zero beyond `count` rows and D channels.
-template <int WIDTH, int ROWS, typename E>
-__device__ void load_tile(float* tile, const E* from, long long stride, int count, int D,
+template <int WIDTH, int ROWS>
+__device__ void load_tile(float* tile, const float* from, long long stride, int count, int D,
                           float factor) {
     const bool wide = in_fours(from, stride, D);
     for (int i = threadIdx.x; i < ROWS * WIDTH / 4; i += THREADS) {
         const int row = i / (WIDTH / 4), d = i % (WIDTH / 4) * 4;
-        const E* at = from + row * stride + d;
-        Floats<4> x = {};
+        const float* at = from + row * stride + d;
+        float4 x = {0, 0, 0, 0};
         if (row < count && d < D) {
             if (wide) {
-                x = load(at, Width<4>());
+                x = *(const float4*)at;
             } else {
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    if (d + e < D) x.v[e] = load(at + e, Width<1>()).v[0];
+                x.x = at[0];
+                if (d + 1 < D) x.y = at[1];
+                if (d + 2 < D) x.z = at[2];
+                if (d + 3 < D) x.w = at[3];
             }
         }
-        for (float& v : x.v) v *= factor;
-        store(tile + row * Layout<WIDTH>::LD + d, x);
+        x.x *= factor, x.y *= factor, x.z *= factor, x.w *= factor;
+        *(float4*)(tile + row * Layout<WIDTH>::LD + d) = x;
     }
 }
 
 // The inverse for a thread's own channels of one row.
-template <int WIDTH, typename E>
-__device__ void store_row(E* to, const float* values, int x, int D, float factor) {
+template <int WIDTH>
+__device__ void store_row(float* to, const float* values, int x, int D, float factor) {
     using L = Layout<WIDTH>;
     const bool wide = in_fours(to, 0, D) && L::VECTOR == 4;
 #pragma unroll
     for (int c = 0; c < L::COLUMNS; c += L::VECTOR) {
         const int d = L::column(x, c);
         if (wide && d < D) {
-            store(to + d, Floats<4>{{values[c] * factor, values[c + 1] * factor,
-                                     values[c + L::VECTOR - 2] * factor,
-                                     values[c + L::VECTOR - 1] * factor}});
+            float4 y = {values[c], values[c + 1], values[c + L::VECTOR - 2],
+                        values[c + L::VECTOR - 1]};
+            y.x *= factor, y.y *= factor, y.z *= factor, y.w *= factor;
+            *(float4*)(to + d) = y;
         } else {
 #pragma unroll
             for (int e = 0; e < L::VECTOR; e++)
-                if (d + e < D) store(to + d + e, Floats<1>{{values[c + e] * factor}});
+                if (d + e < D) to[d + e] = values[c + e] * factor;
         }
     }
 }
@@ -148,9 +145,9 @@ __device__ void add_weighted(float (&sum)[R][WIDTH / 16], const float* weights, 
 
 // out = softmax(q k^T / sqrt(D)) v and lse = log2 of the sum of 2^score, (N, H, T).
 // Query t sees the keys 0..t, or with `positions` (N, T) the keys 0..positions[n][t].
-template <int WIDTH, typename E>
-__device__ void forward(const E* q, const E* k, const E* v, const long long* positions, E* out,
-                        float* lse, Strides q_, Strides k_, Strides v_, int T, int S,
+template <int WIDTH>
+__device__ void forward(const float* q, const float* k, const float* v, const long long* positions,
+                        float* out, float* lse, Strides q_, Strides k_, Strides v_, int T, int S,
                         int H, int K, int D, float scale) {
     using L = Layout<WIDTH>;
     constexpr int R = TILE / 8;
@@ -234,20 +231,20 @@ __device__ void forward(const E* q, const E* k, const E* v, const long long* pos
     }
 }
 
-template <typename E, int WIDTH>
+template <int WIDTH>
 __global__ void __launch_bounds__(THREADS, WIDTH > 64 ? 2 : 3)
-    attention_forward(Strided<const E*> q, Strided<const E*> k, Strided<const E*> v,
-                      E* out, float* lse, long long qn, long long qt, long long qh,
+    attention_forward(Strided<const float*> q, Strided<const float*> k, Strided<const float*> v,
+                      float* out, float* lse, long long qn, long long qt, long long qh,
                       long long kn, long long kt, long long kh, long long vn, long long vt,
                       long long vh, int T, int H, int K, int D, float scale) {
     forward<WIDTH>(q.at, k.at, v.at, nullptr, out, lse, {qn, qt, qh}, {kn, kt, kh}, {vn, vt, vh},
                    T, T, H, K, D, scale);
 }
 
-template <typename E, int WIDTH>
+template <int WIDTH>
 __global__ void __launch_bounds__(THREADS, WIDTH > 64 ? 2 : 3)
-    attention_cached(Strided<const E*> q, Strided<const E*> k, Strided<const E*> v,
-                     const long long* positions, E* out, float* lse, long long qn,
+    attention_cached(Strided<const float*> q, Strided<const float*> k, Strided<const float*> v,
+                     const long long* positions, float* out, float* lse, long long qn,
                      long long qt, long long qh, long long kn, long long kt, long long kh,
                      long long vn, long long vt, long long vh, int T, int S, int H, int K, int D,
                      float scale) {

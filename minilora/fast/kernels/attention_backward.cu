@@ -10,24 +10,6 @@ template <int WIDTH> struct Backward {
     static constexpr int R = WIDTH > 64 ? 4 : 8, QUERIES = 8 * R;  // two blocks fit an H100's SM
 };
 
-// delta[n][h][t] = sum over d of g o.   One warp a row; o (N, T, H, D) is contiguous.
-template <typename E>
-__global__ void __launch_bounds__(THREADS)
-    attention_delta(Strided<const E*> g, const E* o, float* delta, long long gn,
-                    long long gt, long long gh, int T, int H, int D, long long rows) {
-    const long long row = (long long)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
-    if (row >= rows) return;  // a warp as a whole
-    const int h = row % H, lane = threadIdx.x % 32;
-    const long long t = row / H % T, n = row / H / T;
-    const E* at = g.at + n * gn + t * gt + h * gh;
-    float sum = 0;
-    o += row * D;
-    for (int d = lane; d < D; d += 32)
-        sum += load(at + d, Width<1>()).v[0] * load(o + d, Width<1>()).v[0];
-    sum = warp_sum(sum);
-    if (lane == 0) delta[(n * H + h) * T + t] = sum;
-}
-
 // P and dS of a thread's queries `first_query` + y + 8 i and keys `first_key` + x + 16 j.
 template <int WIDTH, int R>
 __device__ void weights_and_slopes(float (&p)[R][4], float (&ds)[R][4], const float* queries,
@@ -56,10 +38,10 @@ template <int R> __device__ void write_weights(float* weights, float (&w)[R][4],
         for (int j = 0; j < 4; j++) weights[(y + 8 * i) * WEIGHT_LD + x + 16 * j] = w[i][j];
 }
 
-template <typename E, int WIDTH>
+template <int WIDTH>
 __global__ void __launch_bounds__(THREADS, 2)
-    attention_backward_q(Strided<const E*> q, Strided<const E*> k, Strided<const E*> v,
-                         Strided<const E*> g, const float* lse, const float* delta, E* dq,
+    attention_backward_q(Strided<const float*> q, Strided<const float*> k, Strided<const float*> v,
+                         Strided<const float*> g, const float* lse, const float* delta, float* dq,
                          long long qn, long long qt, long long qh, long long kn, long long kt,
                          long long kh, long long vn, long long vt, long long vh, long long gn,
                          long long gt, long long gh, int T, int H, int K, int D, float scale) {
@@ -76,8 +58,8 @@ __global__ void __launch_bounds__(THREADS, 2)
     const int n = blockIdx.x / H, h = blockIdx.x % H, key_head = h / (H / K);
     const int start = (gridDim.y - 1 - blockIdx.y) * QUERIES;
     const int end = start + QUERIES < T ? start + QUERIES : T;
-    const E* of_keys = k.at + n * kn + key_head * kh;
-    const E* of_values = v.at + n * vn + key_head * vh;
+    const float* of_keys = k.at + n * kn + key_head * kh;
+    const float* of_values = v.at + n * vn + key_head * vh;
     lse += ((long long)n * H + h) * T;
     delta += ((long long)n * H + h) * T;
     load_tile<WIDTH, QUERIES>(queries, q.at + n * qn + start * qt + h * qh, qt, T - start, D,
@@ -130,11 +112,11 @@ __device__ void add_transposed(float (&sum)[8][WIDTH / 16], const float* weights
     }
 }
 
-template <typename E, int WIDTH>
+template <int WIDTH>
 __global__ void __launch_bounds__(THREADS, 2)
-    attention_backward_kv(Strided<const E*> q, Strided<const E*> k, Strided<const E*> v,
-                          Strided<const E*> g, const float* lse, const float* delta, E* dk,
-                          E* dv, long long qn, long long qt, long long qh, long long kn,
+    attention_backward_kv(Strided<const float*> q, Strided<const float*> k, Strided<const float*> v,
+                          Strided<const float*> g, const float* lse, const float* delta, float* dk,
+                          float* dv, long long qn, long long qt, long long qh, long long kn,
                           long long kt, long long kh, long long vn, long long vt, long long vh,
                           long long gn, long long gt, long long gh, int T, int H, int K, int D,
                           float scale) {
