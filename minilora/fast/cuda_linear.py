@@ -3,9 +3,9 @@
 from ..engine.bf16 import BF16
 from ..engine.fused import frozen_linear, linear, lora_linear, rows
 from ..engine.graph import together
-from ..engine.rules import narrow
+from ..engine.rules import narrow, wide
 from .cublas import cublas
-from .cuda import floats, storage
+from .cuda import contiguous, floats, storage
 from .cuda_pointwise import kernels
 
 FEW = 64  # tokens: with fewer, writing W0 + s B A costs more than the detour's own products
@@ -23,8 +23,11 @@ def transformed(xp, product, x, W, b):
 def with_bias(xp, y, b):
     """y + b in place, for bfloat16.  Afterwards, with an adapter and without: before, b would
     round a small update away that is added to it, and B = 0 would not give the base's bits."""
-    if b is not None:
-        kernels.on(xp)("add_to_rows<bf16>", len(y), 128, y, b, len(b))
+    launch = kernels.on(xp)
+    if b is not None and launch is None:
+        y[...] = wide(y) + wide(b)
+    elif b is not None:
+        launch("add_to_rows<bf16>", len(y), 128, y, contiguous(xp, b), len(b))
     return y
 
 
