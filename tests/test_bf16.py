@@ -137,6 +137,15 @@ def test_bits_alone_are_no_numbers(dev):
             wrong()
 
 
+def test_host_and_device_never_mix(device):
+    if device == "cpu":
+        pytest.skip("needs a device or its stand-in")
+    a = rounded(np.ones(3, np.float32))
+    for b in (array_to_device(a, device), array_to_device(np.ones(3, np.float32), device)):
+        with pytest.raises(MiniloraError, match="arrays of numpy and cupy meet"):
+            tensor.add(a, b)
+
+
 def test_it_moves_between_devices(device):
     a = rounded(np.arange(3, dtype=np.float32))
     moved = array_to_device(a, device)

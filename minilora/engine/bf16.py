@@ -12,6 +12,7 @@ and what it returns is rounded back.  See `Rule.run`; the laws that follow from 
 (Wang and Kanwar 2019, "BFloat16: the secret to high performance on Cloud TPUs".)
 """
 
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,9 @@ class DType(str):
 
 
 BFLOAT16 = DType("bfloat16")
-ASKED = {"shape", "ndim", "size", "strides", "itemsize", "nbytes", "flags"}
-MOVED = {"reshape", "transpose", "swapaxes", "copy", "ravel"}
+ASKED = ("shape", "ndim", "size", "strides", "itemsize", "nbytes", "flags")
+MOVED = ("reshape", "transpose", "swapaxes", "copy", "ravel")
+UINT16 = np.dtype(np.uint16)
 
 
 def float32_of(bits: Any) -> Any:
@@ -62,17 +64,9 @@ class BF16:
     dtype = BFLOAT16
 
     def __init__(self, bits: Any):
-        if getattr(bits, "dtype", BFLOAT16) != np.uint16:
+        if getattr(bits, "dtype", None) != UINT16:
             raise TypeError(f"BF16: expected uint16 bits, found {getattr(bits, 'dtype', bits)}")
         self.bits = np.asarray(bits) if isinstance(bits, np.generic) else bits
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ASKED:
-            return getattr(self.bits, name)
-        if name in MOVED:
-            move = getattr(self.bits, name)
-            return lambda *places: BF16(move(*places))
-        raise AttributeError(f"'BF16' object has no attribute {name!r}")
 
     def __len__(self) -> int:
         return len(self.bits)
@@ -104,6 +98,16 @@ class BF16:
 
     def __repr__(self) -> str:
         return f"BF16({self.float32()!r})"
+
+
+def moved(name: str) -> Any:
+    return lambda self, *places: BF16(getattr(self.bits, name)(*places))
+
+
+for _name in ASKED:
+    setattr(BF16, _name, property(attrgetter(f"bits.{_name}")))
+for _name in MOVED:
+    setattr(BF16, _name, moved(_name))
 
 
 def empty(xp: Any, shape: tuple[int, ...], dtype: Any) -> Any:
