@@ -201,6 +201,7 @@ PLANTED_IN_BFLOAT16 = {
     "the result's type": ("at_out, made", "at_out, kind"),
     "the type's number": ("BFLOAT16: 14", "BFLOAT16: 2"),
     "bytes of an entry": ("size = matrix.itemsize", "size = 4"),
+    "rounded parts of sums": ("WHOLE_SUMS = 16", "WHOLE_SUMS = 0"),
 }
 
 
@@ -242,8 +243,8 @@ def test_the_workspace_is_given_once_a_stream(fake):
         binding.product(a, a)
         binding.product(a, a)
         assert (standin.stats.h2d, standin.stats.d2h, standin.stats.launches) == (0, 0, 2)
-    assert library.asked == ["cublasCreate_v2", "cublasSetStream_v2", "cublasSetWorkspace_v2",
-                             "cublasGemmEx", "cublasGemmEx"]  # fmt: skip
+    assert library.asked == ["cublasCreate_v2", "cublasSetMathMode", "cublasSetStream_v2",
+                             "cublasSetWorkspace_v2", "cublasGemmEx", "cublasGemmEx"]  # fmt: skip
 
 
 def test_a_status_raises(fake):

@@ -19,10 +19,12 @@ from .cuda import contiguous
 WORKSPACE = 32 << 20  # bytes: what NVIDIA recommends for Hopper
 KINDS = {np.dtype(np.float32): 0, BFLOAT16: 14}
 COMPUTE_32F, DEFAULT = 68, -1  # sums in float32, and float32's own products: no TF32
+WHOLE_SUMS = 16  # where a sum is split, its parts are not rounded to bfloat16 on the way
 PLAIN, TRANSPOSED = 0, 1
 MATRIX = (c_void_p, c_int, c_int)  # address, type, leading dimension
 FUNCTIONS = {
     "cublasCreate_v2": (POINTER(c_void_p),),
+    "cublasSetMathMode": (c_void_p, c_int),
     "cublasSetStream_v2": (c_void_p, c_void_p),
     "cublasSetWorkspace_v2": (c_void_p, c_void_p, c_size_t),
     "cublasGemmEx": (
@@ -43,6 +45,7 @@ class Cublas:
         self.library, self.handle = library, c_void_p()
         self.workspace = xp.empty(WORKSPACE, xp.uint8)
         self.ask("cublasCreate_v2", byref(self.handle))
+        self.ask("cublasSetMathMode", self.handle, WHOLE_SUMS)
 
     def ask(self, name: str, *arguments: Any) -> None:
         status = getattr(self.library, name)(*arguments)

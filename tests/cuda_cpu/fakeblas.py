@@ -23,6 +23,7 @@ FLOAT, HALF, OF_FLOATS, ADDRESS = 0, 14, POINTER(c_float), c_void_p
 TAKEN = {(FLOAT, FLOAT, FLOAT), (HALF, HALF, HALF), (HALF, HALF, FLOAT)}
 SIGNATURES = {  # cublas_v2.h
     "cublasCreate_v2": (POINTER(c_void_p),),
+    "cublasSetMathMode": (ADDRESS, c_int),
     "cublasSetStream_v2": (ADDRESS, ADDRESS),
     "cublasSetWorkspace_v2": (ADDRESS, ADDRESS, c_size_t),
     "cublasGemmEx": (
@@ -38,6 +39,7 @@ class Library:
     def __init__(self):
         self.asked, self.wrong = [], None
         self.stream = self.workspace = None
+        self.whole_sums = False
         for name, types in SIGNATURES.items():
             setattr(self, name, CFUNCTYPE(c_int, *types)(self.guarded(name)))
 
@@ -54,6 +56,12 @@ class Library:
 
     def create(self, handle):
         handle[0] = HANDLE
+        return SUCCESS
+
+    def setmathmode(self, handle, mode):
+        """16: CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION"""
+        self.expect(handle)
+        self.whole_sums = mode == 16
         return SUCCESS
 
     def setstream(self, handle, stream):
@@ -77,6 +85,8 @@ class Library:
     ):  # fmt: skip
         """C (m, n) = alpha op(A) op(B) + beta C, all of them column by column."""
         self.expect(handle)
+        if type_a == HALF and not self.whole_sums:
+            raise ValueError("parts of a sum could be rounded")
         if self.workspace is None:
             raise ValueError("no workspace: a capture would fail")
         kinds = (type_a, type_b, type_c)
