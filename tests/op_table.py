@@ -159,6 +159,9 @@ UPDATES = {
     "adamw8bit_update": "test_adam8bit.py",
     "quantize_blocks": "test_blockwise.py",
     "dequantize_blocks": "test_blockwise.py",
+    "widen": "test_bf16.py",
+    "narrow": "test_bf16.py",
+    "summed": "test_bf16.py",
 }
 
 

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.engine.backend import to_device, to_numpy
+from minilora.engine.bf16 import BF16, bits_of, float32_of
 from minilora.engine.check import gradients
 from minilora.engine.errors import MiniloraError
 from minilora.engine.fused import frozen_linear, linear, lora_linear
@@ -69,6 +70,28 @@ def inset(array, transposed=False):
     return part.T if transposed else part
 
 
+def halved(array, transposed=False):
+    """`inset` in bfloat16: rounded numbers between NaN."""
+    a = np.asarray(array, np.float32)
+    a = a.T if transposed else a
+    wide = np.full((a.shape[0] + 3, a.shape[1] + 5), np.nan, np.float32)
+    wide[1:-2, 2:-3] = a
+    part = BF16(to_device(bits_of(wide), "cuda"))[1:-2, 2:-3]
+    return part.T if transposed else part
+
+
+def multiplied_in_bfloat16(binding, shape, ta, tb, beta, out_kind, alpha=0.75):
+    """The gap to float64 of products of rounded numbers, into float32 or bfloat16."""
+    M, K, N = shape
+    rng = RNG(M * 100 + K * 10 + N)
+    a, b, c = (float32_of(bits_of(rng.standard_normal(s))) for s in ((M, K), (K, N), (M, N)))
+    made = halved if out_kind == "bfloat16" else inset
+    out = made(c if beta else np.full((M, N), np.nan))
+    assert binding.product(halved(a, ta), halved(b, tb), out, alpha=alpha, beta=beta) is out
+    wanted = alpha * (a.astype(np.float64) @ b) + (beta * c if beta else 0)
+    return np.linalg.norm(to_numpy(out) - wanted) / np.linalg.norm(wanted)
+
+
 def multiplied(binding, shape, ta, tb, beta, alpha=0.75):
     """The gap to NumPy in float64, and whether anything around the output was touched."""
     M, K, N = shape
@@ -95,6 +118,24 @@ def multiplied(binding, shape, ta, tb, beta, alpha=0.75):
 @pytest.mark.parametrize("ta", [False, True])
 def test_eight_cases_on_slices_of_larger_matrices(ta, tb, beta):
     assert multiplied(blas(), (5, 7, 4), ta, tb, beta) < 1e-6
+
+
+@pytest.mark.parametrize("out", ["float32", "bfloat16"])
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+@pytest.mark.parametrize("tb", [False, True])
+@pytest.mark.parametrize("ta", [False, True])
+def test_bfloat16_in_and_either_out(ta, tb, beta, out):
+    gap = multiplied_in_bfloat16(blas(), (5, 7, 4), ta, tb, beta, out)
+    assert gap < (1e-6 if out == "float32" else 4e-3)
+
+
+def test_kinds_that_do_not_go_together_are_refused():
+    a, b = dev(np.ones((2, 3))), dev(np.ones((3, 4)))
+    ha, hb = (BF16(to_device(bits_of(to_numpy(m)), "cuda")) for m in (a, b))
+    for arguments in ((ha, b), (a, hb), (a, b, halved(np.ones((2, 4))))):
+        with pytest.raises(MiniloraError, match="product: expected float32 or bfloat16"):
+            blas().product(*arguments)
+    assert blas().product(ha, hb).dtype == "bfloat16"
 
 
 sizes = st.integers(1, 6)
@@ -135,11 +176,10 @@ def test_what_does_not_fit_is_refused():
 PLANTED = {
     "transposes": ("tb, ta, N, M, K", "ta, tb, N, M, K"),
     "sizes": ("tb, ta, N, M, K", "tb, ta, M, N, K"),
-    "leading dimensions": ("b.data.ptr, R_32F, ldb", "b.data.ptr, R_32F, lda"),
+    "leading dimensions": ("at_b, kind, ldb", "at_b, kind, lda"),
     "beta": ("byref(c_float(beta))", "byref(c_float(0))"),
     "alpha": ("byref(c_float(alpha))", "byref(c_float(1))"),
-    "swap": ("b.data.ptr, R_32F, ldb, a.data.ptr, R_32F, lda",
-             "a.data.ptr, R_32F, lda, b.data.ptr, R_32F, ldb"),
+    "swap": ("at_b, kind, ldb, at_a, kind, lda", "at_a, kind, lda, at_b, kind, ldb"),
     "workspace": ('self.ask("cublasSetWorkspace_v2", self.handle, self.workspace.data.ptr, '
                   "WORKSPACE)", "pass"),
     "an integer too few": ("c_void_p, c_int, c_int, c_int, c_int, c_int, POINTER",
@@ -147,14 +187,42 @@ PLANTED = {
 }  # fmt: skip
 
 
-@pytest.mark.usefixtures("fake")
-@pytest.mark.parametrize("name", PLANTED)
-def test_planted_mistakes_are_caught(name):
-    source, (old, new) = inspect.getsource(cublas), PLANTED[name]
+def with_a_mistake(old, new):
+    """The binding's module, edited."""
+    source = inspect.getsource(cublas)
     assert source.count(old) == 1
     wrong = ModuleType("minilora.fast.wrong")
     wrong.__package__ = "minilora.fast"
     exec(source.replace(old, new), vars(wrong))
+    return wrong
+
+
+PLANTED_IN_BFLOAT16 = {
+    "the result's type": ("at_out, made", "at_out, kind"),
+    "the type's number": ("BFLOAT16: 14", "BFLOAT16: 2"),
+    "bytes of an entry": ("size = matrix.itemsize", "size = 4"),
+    "rounded parts of sums": ("WHOLE_SUMS = 16", "WHOLE_SUMS = 0"),
+}
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize("name", PLANTED_IN_BFLOAT16)
+def test_planted_mistakes_in_bfloat16_are_caught(name):
+    wrong, caught = with_a_mistake(*PLANTED_IN_BFLOAT16[name]), 0
+    for ta, tb in np.ndindex(2, 2):
+        try:
+            binding = wrong.Cublas(sys.modules["cupy"], fakeblas.Library())
+            gap = multiplied_in_bfloat16(binding, (5, 7, 4), bool(ta), bool(tb), 1.0, "float32")
+            caught += not gap <= 1e-3  # or NaN
+        except (MiniloraError, AssertionError, ArgumentError, TypeError):
+            caught += 1
+    assert caught
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_mistakes_are_caught(name):
+    wrong = with_a_mistake(*PLANTED[name])
     cupy = sys.modules["cupy"]
     caught = 0
     for ta, tb, beta in np.ndindex(2, 2, 2):
@@ -175,8 +243,8 @@ def test_the_workspace_is_given_once_a_stream(fake):
         binding.product(a, a)
         binding.product(a, a)
         assert (standin.stats.h2d, standin.stats.d2h, standin.stats.launches) == (0, 0, 2)
-    assert library.asked == ["cublasCreate_v2", "cublasSetStream_v2", "cublasSetWorkspace_v2",
-                             "cublasGemmEx", "cublasGemmEx"]  # fmt: skip
+    assert library.asked == ["cublasCreate_v2", "cublasSetMathMode", "cublasSetStream_v2",
+                             "cublasSetWorkspace_v2", "cublasGemmEx", "cublasGemmEx"]  # fmt: skip
 
 
 def test_a_status_raises(fake):

@@ -12,7 +12,7 @@ from minilora.engine import attention, fused, loss
 from minilora.engine.check import gradients
 from minilora.engine.rules import reference_rules
 from minilora.engine.tensor import Op, Parameter, Tensor
-from minilora.fast.cpu import narrow, over_rows, stack_height
+from minilora.fast.cpu import over_rows, skinny, stack_height
 from minilora.model.layers import Linear
 
 pytestmark = pytest.mark.usefixtures("on_the_host")
@@ -162,9 +162,10 @@ def test_products_in_stacks_are_products(n, d, r, dtype, seed):
     x, M, u = (rng.standard_normal(s).astype(dtype) for s in ((n, d), (d, r), (n, r)))
     height = stack_height(n, d, r)
     assert height == 0 or (height < n and height * d * r <= 800_000)
-    for found, a, b in ((narrow(x, M), x, M), (over_rows(u, x), u.T, x)):
+    for found, a, b in ((skinny(x, M), x, M), (over_rows(u, x), u.T, x)):
         wanted = a.astype(np.float64) @ b.astype(np.float64)
-        assert found.dtype == dtype and found.shape == wanted.shape
+        assert found.dtype == dtype
+        assert found.shape == wanted.shape
         gap = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
         assert gap <= 8 * np.finfo(dtype).eps * max(1, np.sqrt(max(n, d)) / 8)
 

@@ -13,6 +13,7 @@ from cuda_cpu.checks import kernels  # noqa: F401
 
 from minilora.engine import tensor
 from minilora.engine.loss import cross_entropy
+from minilora.engine.rules import wide
 from minilora.engine.tensor import Op
 from minilora.lab import gpu_check
 from minilora.lab import gpu_speed as speed
@@ -60,9 +61,21 @@ def test_a_wrong_rule_on_the_device_fails_it(device, monkeypatch):
     monkeypatch.setitem(tensor.mul.fast, "cupy", wrong)
     record = gpu_check.gpu_check(SMALL)
     assert not record["passed"]
-    bad = [row for row in record["ops"] if row["gap"] > gpu_check.TOLERANCE]
+    bad = [row for row in record["ops"] if not gpu_check.within(row)]
     assert [(row["op"], row["rules"]) for row in bad] == [("mul", "fast")]
     assert "FAILED" in gpu_check.gpu_report(record)
+
+
+def test_a_wrong_rule_for_bf16_fails_it(device, monkeypatch):
+    if device != "cuda":
+        pytest.skip("needs a device or its stand-in")
+    mul = tensor.mul.specification
+    wrong = lambda xp, a, b: tensor.mul.rounded(mul(xp, 1.02 * wide(a), wide(b)), (a, b))
+    monkeypatch.setitem(tensor.mul.fast, "cupy bf16", wrong)
+    rows = [gpu_check.op_gap(s, np.random.default_rng(0), "bf16") for s in SAMPLES
+            if s.op.__name__ in ("mul", "sub")]  # fmt: skip
+    assert {row["op"]: gpu_check.within(row) for row in rows} == {"mul": False, "sub": True}
+    assert all(row["limit"] == 1e-2 for row in rows)
 
 
 def test_the_command_says_skipped_and_exits_with_zero(device, monkeypatch, tmp_path, capsys):
@@ -98,7 +111,7 @@ def test_the_record_holds_rates_and_costs(cupy):
     assert all(row["tflop_s"] > 0 for row in record["products"])
     assert len(record["products"]) >= 4
     assert "an op (rms_norm)" in record["launches"]
-    assert [row["to_host"] + row["to_device"] for row in record["timing"]] == [0, 0, 0]
+    assert [row["to_host"] + row["to_device"] for row in record["timing"]] == [0, 0, 0, 0]
     report = gpu_check.gpu_report(record)
     for word in ("of a copy", "TFLOP/s", "us of the host", "captured ms"):
         assert word in report
@@ -162,7 +175,7 @@ def test_a_step_that_waits_fails_it(cupy, monkeypatch):
 
     monkeypatch.setattr(speed, "loss_of", waiting)
     record = gpu_check.gpu_check(SMALL)
-    assert [row["to_host"] for row in record["timing"]] == [1, 1, 1]
+    assert [row["to_host"] for row in record["timing"]] == [1, 1, 1, 1]
     assert not record["passed"]
 
 
@@ -171,7 +184,7 @@ def by_logits(model, batch, rng):
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("style", ["gpt2", "qlora"])
+@pytest.mark.parametrize("style", ["gpt2", "qlora", "bf16"])
 def test_eager_and_captured_steps_are_compared(cupy, style, monkeypatch):
     monkeypatch.setattr(speed, "loss_of", by_logits)
     model = gpu_check.model_for(style, 32, 1, 16)

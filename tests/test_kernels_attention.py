@@ -247,7 +247,7 @@ PLANTED = {
 
 @pytest.mark.parametrize("old, new", PLANTED.values(), ids=PLANTED)
 def test_a_planted_mistake_is_caught(old, new, on_the_cpu):
-    source = cuda_attention.tiled[32].source()
+    source = cuda_attention.tiled["float", 32].source()
     assert source.count(old) == 1
     x = drawn(1, 130, 6, 1, 8)[0].reshape(1, 130, -1)[..., :40]
     v = drawn(1, 130, 4, 2, 8)[2]
@@ -297,6 +297,6 @@ def test_under_address_sanitizer(found, on_the_cpu):
     if edit is None:
         assert run.stdout == "launched 9\n", run.stderr
     else:
-        assert edit[0] in cuda_attention.tiled[32].source()
+        assert edit[0] in cuda_attention.tiled["float", 32].source()
         assert found in run.stderr
         assert run.returncode != 0

@@ -125,7 +125,7 @@ DECODING = {
 
 @pytest.mark.parametrize("old, new", DECODING.values(), ids=DECODING)
 def test_a_planted_mistake_in_decoding_is_caught(old, new, on_the_cpu):
-    assert cuda_attention.decoding.source().count(old) == 1
+    assert cuda_attention.decoding["float"].source().count(old) == 1
     arrays = drawn(1, 2, 2, 1, 40, 300)
     with installed(fakeraw.planted((old, new))), pytest.raises(AssertionError):
         assert_right(arrays, np.array([[200, 127]]))

@@ -9,9 +9,11 @@ from typing import NamedTuple
 
 from .errors import MiniloraError
 from .graph import together
+from .rules import moves
 from .tensor import op, swap
 
 
+@moves
 @op
 def split_heads(xp, x, *, heads, width):
     """Cut packed channels into heads: (N, T, Σ heads · D) -> one (N, T, h, D) each, as views.

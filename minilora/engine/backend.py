@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .bf16 import BF16
 from .errors import MiniloraError
 
 DEVICES = ("cpu", "cuda")
@@ -15,7 +16,10 @@ LIBRARIES = ("numpy", "cupy")
 
 def xp_of(array: Any) -> ModuleType:
     """The library that owns `array`: `numpy` or `cupy`.  No import, no probe."""
-    return sys.modules[package_of(type(array))]
+    try:
+        return sys.modules[package_of(type(array))]
+    except KeyError:
+        return xp_of(array.bits)  # of a BF16
 
 
 # What follows is asked several times in every op, hence remembered by class.
@@ -23,15 +27,16 @@ def xp_of(array: Any) -> ModuleType:
 
 @cache
 def package_of(kind: type) -> str:
-    """The package that a class comes from."""
-    return kind.__module__.partition(".")[0]
+    """The package that a class comes from: "BF16" for that class, which does not say whose its
+    bits are."""
+    return "BF16" if kind is BF16 else kind.__module__.partition(".")[0]
 
 
 @cache
 def library_of(kind: type) -> str | None:
-    """The name of the library whose arrays are of this class; None if it is no array."""
+    """The name of the library whose arrays are of this class, or "BF16"; None if it is no array."""
     package = package_of(kind)
-    return package if package in LIBRARIES and hasattr(kind, "dtype") else None
+    return package if package in (*LIBRARIES, "BF16") and hasattr(kind, "dtype") else None
 
 
 def is_array(value: Any) -> bool:
@@ -48,13 +53,18 @@ def to_device(array: Any, device: str) -> Any:
     """
     if device not in DEVICES:
         raise MiniloraError(f"device: expected one of {DEVICES}, found {device!r}")
+    if type(array) is BF16:
+        bits = to_device(array.bits, device)
+        return array if bits is array.bits else BF16(bits)
     if device == "cpu":
         return to_numpy(array)
     return cupy().asarray(array)
 
 
 def to_numpy(array: Any) -> np.ndarray:
-    """A host copy of a device array; a host array itself."""
+    """A host copy of a device array; a host array itself; of a BF16 its numbers in float32."""
+    if type(array) is BF16:
+        return BF16(to_numpy(array.bits)).float32()
     return array.get() if hasattr(array, "get") else np.asarray(array)
 
 

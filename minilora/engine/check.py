@@ -9,6 +9,7 @@ import numpy as np
 from .backend import is_array, to_numpy, xp_of
 from .errors import NumericsError
 from .graph import ordered, pull, shared, together
+from .rules import wide
 from .tensor import Parameter, Tensor
 
 
@@ -139,7 +140,7 @@ def retained(outputs: Tensor | Iterable[Tensor], besides: Iterable[Any] = ()) ->
 
 def root_of(array: Any) -> Any:
     """The array that owns the memory that `array` looks at."""
-    library = xp_of(array).ndarray
+    library, array = xp_of(array).ndarray, getattr(array, "bits", array)
     while isinstance(getattr(array, "base", None), library):
         array = array.base
     return array
@@ -182,7 +183,7 @@ def cell_value(cell: Any) -> Any:
 
 def expect_finite(name: str, array: Any) -> None:
     """Refuse NaN and infinity, naming the first place.  Errors: `NumericsError`."""
-    if not xp_of(array).isfinite(array).all():
+    if not xp_of(array).isfinite(wide(array)).all():
         host = to_numpy(array)
         bad = ~np.isfinite(host)
         place = tuple(int(i) for i in np.argwhere(bad)[0])

@@ -8,6 +8,7 @@ import math
 from .errors import MiniloraError
 from .graph import together
 from .ops import logistic
+from .rules import moves, wide
 from .tensor import op
 
 
@@ -40,13 +41,13 @@ def frozen_linear(xp, x, *, base):
 
     x (..., d_in), y (..., d_out); `base` as in `lora_linear`.
     """
-    W = base.dense()
+    W = wide(base.dense())
     expect_width("frozen_linear", x, W)
     shape, d_out = x.shape, W.shape[0]
     y = rows(x) @ W.T
     if base.bias is not None:
-        y += base.bias.data
-    return y.reshape(*shape[:-1], d_out), (lambda g: (rows(g) @ base.dense()).reshape(shape),)
+        y += wide(base.bias.data)
+    return y.reshape(*shape[:-1], d_out), (lambda g: (rows(g) @ wide(base.dense())).reshape(shape),)
 
 
 @op
@@ -59,7 +60,7 @@ def lora_linear(xp, x, A, B, *, base, scale, wants):
     (d_out, d_in), here and again on the way back, so that a base may hold it in four bits;
     `base.bias` is a Tensor or None.  Where A is frozen, x is not kept.  (Hu et al. 2021.)
     """
-    W = base.dense()
+    W = wide(base.dense())
     expect_width("lora_linear", x, W)
     if A.shape != (B.shape[1], W.shape[1]) or B.shape[0] != W.shape[0]:
         raise MiniloraError(
@@ -70,7 +71,7 @@ def lora_linear(xp, x, A, B, *, base, scale, wants):
     u = rows(x) @ A.T  # (n, r)
     y = rows(x) @ W.T
     if base.bias is not None:
-        y += base.bias.data
+        y += wide(base.bias.data)
     y += scale * (u @ B.T)
     kept_x = x if wants[1] else None
     kept_u = u if wants[2] else None
@@ -79,7 +80,7 @@ def lora_linear(xp, x, A, B, *, base, scale, wants):
         g = rows(g)
         gB = scale * (g @ B)  # (n, r)
         return (
-            (g @ base.dense() + gB @ A).reshape(shape) if wants[0] else None,
+            (g @ wide(base.dense()) + gB @ A).reshape(shape) if wants[0] else None,
             gB.T @ rows(kept_x) if wants[1] else None,
             scale * (g.T @ kept_u) if wants[2] else None,
         )
@@ -190,6 +191,9 @@ def embedding(xp, table, *, ids):
         return dtable
 
     return table[ids], (pullback,)
+
+
+moves(embedding, lambda wants, ids: not wants[0])  # of a frozen table
 
 
 @op

@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from .backend import xp_of
+from .bf16 import BF16
 from .errors import MiniloraError
+from .rules import plus, stored_as
 
 
 class Node:
@@ -69,16 +71,16 @@ def pull(outputs: Sequence[Any], cotangents: Iterable, into: dict | None = None)
             table, key = gradients, target
         if key not in table:
             table[key] = g
-        elif key in ours:
+        elif key in ours and type(g) is not BF16:
             table[key] += g
         else:  # out of place: the first cotangent may be somebody else's array
-            table[key] = table[key] + g
+            table[key] = plus(table[key], g)
             ours.add(key)
 
     order = ordered(outputs)
     for output, g in zip(outputs, cotangents, strict=True):
         if output.target is not None and g is not None:
-            arrive((output.target, output.slot), g)
+            arrive((output.target, output.slot), stored_as(output.data, g))
     while order:
         node = order.pop()
         edges, node.edges = node.edges, None
@@ -96,7 +98,7 @@ def pull(outputs: Sequence[Any], cotangents: Iterable, into: dict | None = None)
                 if cotangent is not None:
                     arrive(parent, cotangent)
     if into is None:  # NumPy makes a number of what it computes from 0-d arrays
-        gradients = {p: xp_of(g).asarray(g) for p, g in gradients.items()}
+        gradients = {p: g if type(g) is BF16 else xp_of(g).asarray(g) for p, g in gradients.items()}
     return gradients
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from .errors import MiniloraError
+from .rules import moves
 from .tensor import op, reopened, shape_of, unbroadcast
 
 
@@ -69,6 +70,7 @@ def where(xp, a, b, *, mask):
     )
 
 
+@moves
 @op
 def concat(xp, *parts, axis=-1):
     """Join along an existing axis.   each part gets its stretch of dy"""
@@ -83,6 +85,7 @@ def concat(xp, *parts, axis=-1):
     )
 
 
+@moves
 @op
 def stack(xp, *parts, axis=0):
     """Join along a new axis.   each part gets its slice of dy"""

@@ -10,15 +10,16 @@ The letters, everywhere in minilora:
     rng          a numpy.random.Generator on the host
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from .backend import is_array, to_numpy, xp_of
+from .bf16 import BF16
 from .errors import MiniloraError
 from .graph import Node, pull, shared, together
-from .rules import Rule, common_library
+from .rules import Rule, common_library, in_two_bytes, moves, parts, rounding, wide
 
 
 class Tensor:
@@ -81,6 +82,7 @@ class Tensor:
         Returns `{Parameter: array}`; with `into={Parameter: array}` it adds to those
         arrays in place and returns `into`.  Arrays returned may share memory with one
         another: read them, do not write to them.  The graph is freed on the way.
+        A cotangent is stored as its value: float32 for a float32 Parameter (see `BF16`).
         Errors: `MiniloraError` if this is not one number and no cotangent is given, if
         nothing here wants a gradient, or if the graph has been walked before.
         """
@@ -89,7 +91,7 @@ class Tensor:
                 raise MiniloraError(
                     f"backward: expected a single number or a cotangent, found shape {self.shape}"
                 )
-            cotangent = xp_of(self.data).ones_like(self.data)
+            cotangent = xp_of(self.data).ones_like(wide(self.data))
         if self.target is None:
             raise MiniloraError("backward: nothing that this value was made from is a Parameter")
         return pull([self], [cotangent], into)
@@ -170,6 +172,16 @@ class Op(Rule):
     Differentiable values are positional.  Only an argument that wants a gradient keeps
     its pullback; the others are dropped here, and with them all that they close over.
     """
+
+    def rounded(self, value: Any, arguments: Sequence) -> Any:
+        value, pullbacks = value
+        narrow = tuple(type(a) is BF16 for a in arguments)  # and no array is kept
+        if isinstance(pullbacks, together):
+            pullbacks = together(rounding(pullbacks.pullback, narrow))
+        elif pullbacks is not None:
+            pairs = zip(pullbacks, narrow, strict=False)
+            pullbacks = tuple(rounding(*pair) for pair in pairs)
+        return parts(in_two_bytes, value), pullbacks
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         arrays, parents, wants = [], [], []
@@ -350,6 +362,7 @@ def reopened(g: Any, shape: tuple[int, ...], axis: Any, keepdims: bool) -> Any:
     return g.reshape(tuple(1 if i in dropped else n for i, n in enumerate(shape)))
 
 
+@moves
 @op
 def reshape(xp, x, *, shape):
     """The same entries in another shape.   dx = dy in the old one"""
@@ -357,6 +370,7 @@ def reshape(xp, x, *, shape):
     return x.reshape(shape), (lambda g: g.reshape(old),)
 
 
+@moves
 @op
 def transpose(xp, x, *, axes=None):
     """Permute the axes (reverse them for None).   dx = dy, permuted back"""
@@ -367,11 +381,7 @@ def transpose(xp, x, *, axes=None):
 @op
 def getitem(xp, x, *, index):
     """y = x[index].   dx = 0 but for dx[index] += dy, repeated indices adding up"""
-    shape = x.shape
-    plain = all(
-        part is None or part is Ellipsis or isinstance(part, (int, slice))
-        for part in (index if isinstance(index, tuple) else (index,))
-    )
+    shape, plain = x.shape, names_each_once(index)
 
     def pullback(g):
         dx = xp.zeros(shape, g.dtype)
@@ -382,3 +392,12 @@ def getitem(xp, x, *, index):
         return dx
 
     return x[index], (pullback,)
+
+
+def names_each_once(index: Any) -> bool:
+    """Is this an index of slices and numbers, under which no entry comes twice?"""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(p is None or p is Ellipsis or isinstance(p, (int, slice)) for p in parts)
+
+
+moves(getitem, lambda wants, index: not wants[0] or names_each_once(index))

@@ -24,6 +24,7 @@ from ..engine.fused import (
 )
 from ..engine.graph import together
 from ..engine.loss import head_cross_entropy
+from ..engine.rules import wide
 from ..engine.tensor import swap
 
 # Entries of a block: 512 KiB of float32, half a level-2 cache.  Each call into NumPy hands the
@@ -111,15 +112,15 @@ def _(xp, x, A, B, *, base, scale, wants):
     x_dtype = x.dtype
     y = x @ updated().T
     if base.bias is not None:
-        y += base.bias.data
-    u = narrow(x, A.T) if wants[2] else None  # (n, r)
+        y += wide(base.bias.data)
+    u = skinny(x, A.T) if wants[2] else None  # (n, r)
     kept_x = x if wants[1] else None
 
     def pullback(g, wants):
         g = rows(g)
         return (
             (g @ updated()).reshape(shape) if wants[0] else None,
-            over_rows(narrow(g, B) * scale, kept_x) if wants[1] else None,
+            over_rows(skinny(g, B) * scale, kept_x) if wants[1] else None,
             over_rows(u, g).T * scale if wants[2] else None,
         )
 
@@ -136,7 +137,7 @@ def stack_height(n: int, d: int, r: int) -> int:
     return height if 32 <= height < n else 0
 
 
-def narrow(x, M):
+def skinny(x, M):
     """x M for few columns: x (n, d), M (d, r)."""
     (n, d), r = x.shape, M.shape[1]
     height = stack_height(n, d, r)

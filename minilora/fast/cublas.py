@@ -11,14 +11,20 @@ from typing import Any
 
 import numpy as np
 
+from ..engine.bf16 import BFLOAT16, empty
 from ..engine.errors import MiniloraError
+from ..engine.rules import bits_in
+from .cuda import contiguous
 
 WORKSPACE = 32 << 20  # bytes: what NVIDIA recommends for Hopper
-R_32F, COMPUTE_32F, DEFAULT = 0, 68, -1  # float32 with float32's own products: no TF32
+KINDS = {np.dtype(np.float32): 0, BFLOAT16: 14}
+COMPUTE_32F, DEFAULT = 68, -1  # sums in float32, and float32's own products: no TF32
+WHOLE_SUMS = 16  # where a sum is split, its parts are not rounded to bfloat16 on the way
 PLAIN, TRANSPOSED = 0, 1
 MATRIX = (c_void_p, c_int, c_int)  # address, type, leading dimension
 FUNCTIONS = {
     "cublasCreate_v2": (POINTER(c_void_p),),
+    "cublasSetMathMode": (c_void_p, c_int),
     "cublasSetStream_v2": (c_void_p, c_void_p),
     "cublasSetWorkspace_v2": (c_void_p, c_void_p, c_size_t),
     "cublasGemmEx": (
@@ -39,6 +45,7 @@ class Cublas:
         self.library, self.handle = library, c_void_p()
         self.workspace = xp.empty(WORKSPACE, xp.uint8)
         self.ask("cublasCreate_v2", byref(self.handle))
+        self.ask("cublasSetMathMode", self.handle, WHOLE_SUMS)
 
     def ask(self, name: str, *arguments: Any) -> None:
         status = getattr(self.library, name)(*arguments)
@@ -48,21 +55,23 @@ class Cublas:
     def product(self, a: Any, b: Any, out: Any = None, alpha: float = 1.0, beta: float = 0.0):
         """out = alpha a b + beta out, and `out`; a new array where none is given.
 
-        a (M, K), b (K, N), out (M, N) float32.  Rows of `out` are contiguous; of `a` and `b`
+        a (M, K) and b (K, N) float32, or BF16 both; out (M, N) as they are, or float32.  Sums
+        are float32 in any case, and rounded once.  Rows of `out` are contiguous; of `a` and `b`
         rows or columns are, or a copy is made.  Neither waits nor copies across the border.
 
         cuBLAS reads matrices column by column: the same bytes are outᵀ, which is bᵀ aᵀ.
         """
         xp, (M, K), N = self.xp, a.shape, b.shape[1]
         if out is None:
-            out = xp.empty((M, N), xp.float32)
+            out = empty(xp, (M, N), a.dtype)
         by_rows = (layout(out) or (0, None))[1] == PLAIN
+        expect_kinds(a, b, out)
         if len(b) != K or out.shape != (M, N) or not by_rows or a.size * b.size == 0:
             raise MiniloraError(
                 f"product: expected (M, K), (K, N) and rows (M, N), "
                 f"found {a.shape}, {b.shape} and {out.shape}"
             )
-        a, b = (m if layout(m) else xp.ascontiguousarray(m) for m in (a, b))
+        a, b = (m if layout(m) else contiguous(xp, m) for m in (a, b))
         (lda, ta), (ldb, tb), (ldc, _) = layout(a), layout(b), layout(out)
         if max(M, N, K, lda, ldb, ldc) >= 1 << 31:
             raise MiniloraError(f"product: {a.shape} x {b.shape} is too large for cuBLAS")
@@ -71,24 +80,31 @@ class Cublas:
             self.ask("cublasSetStream_v2", self.handle, stream)
             self.ask("cublasSetWorkspace_v2", self.handle, self.workspace.data.ptr, WORKSPACE)
             self.stream = stream
+        at_a, at_b, at_out = (bits_in(m).data.ptr for m in (a, b, out))
+        kind, made = KINDS[a.dtype], KINDS[out.dtype]
         self.ask(
             "cublasGemmEx", self.handle, tb, ta, N, M, K, byref(c_float(alpha)),
-            b.data.ptr, R_32F, ldb, a.data.ptr, R_32F, lda, byref(c_float(beta)),
-            out.data.ptr, R_32F, ldc, COMPUTE_32F, DEFAULT,
+            at_b, kind, ldb, at_a, kind, lda, byref(c_float(beta)),
+            at_out, made, ldc, COMPUTE_32F, DEFAULT,
         )  # fmt: skip
         return out
 
 
+def expect_kinds(a: Any, b: Any, out: Any) -> None:
+    found = [m.dtype for m in (a, b, out)]
+    if found not in ([np.float32] * 3, [BFLOAT16] * 3, [BFLOAT16, BFLOAT16, np.float32]):
+        raise MiniloraError(f"product: expected float32 or bfloat16 alike, found {found}")
+
+
 def layout(matrix: Any) -> tuple[int, int] | None:
-    """(leading dimension, PLAIN or TRANSPOSED) of a float32 matrix; None if it must be copied."""
-    if matrix.dtype != np.float32 or matrix.ndim != 2:
-        raise MiniloraError(f"product: expected float32 matrices, found {matrix.dtype}")
+    """(leading dimension, PLAIN or TRANSPOSED) of a matrix; None if it must be copied."""
+    size = matrix.itemsize
     for (rows, columns), (far, near), kind in (
         (matrix.shape, matrix.strides, PLAIN),
         (matrix.shape[::-1], matrix.strides[::-1], TRANSPOSED),
     ):
-        step = far // 4 if rows > 1 else columns
-        if (near == 4 or columns == 1) and step >= columns and (rows == 1 or far % 4 == 0):
+        step = far // size if rows > 1 else columns
+        if (near == size or columns == 1) and step >= columns and (rows == 1 or far % size == 0):
             return step, kind
     return None
 

@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from ..engine.bf16 import BF16, BFLOAT16
+from ..engine.rules import bits_in
+
 FOLDER = Path(__file__).parent / "kernels"
 SIGNATURE = r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?{name}\s*\(([^)]*)\)"
 SCALARS = {
@@ -22,7 +25,7 @@ SCALARS = {
 
 def pointer(array: Any) -> Any:
     """What a kernel is given for an array; a null pointer for None."""
-    return np.uint64(0) if array is None else array
+    return np.uint64(0) if array is None else bits_in(array)
 
 
 class Kernels:
@@ -82,6 +85,24 @@ def argument_kinds(source: str, name: str) -> list[Callable]:
 def floats(*arrays: Any) -> bool:
     """Are these float32 arrays with something in them?  The rules here take nothing else."""
     return all(a is None or (a.dtype == np.float32 and a.size > 0) for a in arrays)
+
+
+STORAGE = {np.dtype(np.float32): "float", BFLOAT16: "bf16"}
+
+
+def storage(*arrays: Any) -> str | None:
+    """What a kernel calls the type that all of these are stored in; None if there is no kernel
+    for it, if they differ, or if one is empty.  None among them does not count."""
+    kinds = {a.dtype for a in arrays if a is not None}
+    if len(kinds) != 1 or any(a is not None and a.size == 0 for a in arrays):
+        return None
+    return STORAGE.get(kinds.pop())
+
+
+def contiguous(xp: ModuleType, array: Any) -> Any:
+    """The array itself where its entries lie in order, else a copy."""
+    whole = xp.ascontiguousarray(bits_in(array))
+    return BF16(whole) if type(array) is BF16 else whole
 
 
 def row_block(width: int) -> int:

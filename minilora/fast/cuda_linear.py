@@ -1,34 +1,50 @@
 """Linear layers on a card: each product is one call of cuBLAS, which a CUDA graph can hold."""
 
+from ..engine.bf16 import BF16
 from ..engine.fused import frozen_linear, linear, lora_linear, rows
 from ..engine.graph import together
+from ..engine.rules import narrow, wide
 from .cublas import cublas
-from .cuda import floats
+from .cuda import contiguous, floats, storage
+from .cuda_pointwise import kernels
 
 FEW = 64  # tokens: with fewer, writing W0 + s B A costs more than the detour's own products
 
 
 def transformed(xp, product, x, W, b):
-    """x Wᵀ + b; the bias stands in the output before the product is added to it."""
+    """x Wᵀ + b, of the type of x."""
+    if b is None or type(x) is BF16:
+        return with_bias(xp, product(x, W.T), b)
     y = xp.empty((len(x), len(W)), x.dtype)
-    if b is None:
-        return product(x, W.T, y)
-    y[...] = b
+    y[...] = b  # it stands in the output before the product is added to it
     return product(x, W.T, y, beta=1.0)
 
 
+def with_bias(xp, y, b):
+    """y + b in place, for bfloat16.  Afterwards, with an adapter and without: before, b would
+    round a small update away that is added to it, and B = 0 would not give the base's bits."""
+    launch = kernels.on(xp)
+    if b is not None and launch is None:
+        y[...] = wide(y) + wide(b)
+    elif b is not None:
+        launch("add_to_rows<bf16>", len(y), 128, y, contiguous(xp, b), len(b))
+    return y
+
+
 def taken(x, W, b):
-    """Are these float32 arrays that fit?  If not, the specification says what is wrong."""
+    """Are these of one type that cuBLAS takes, and do they fit?  If not, the specification says
+    what is wrong."""
     return (
-        floats(x, W, b) and W.ndim == 2 and x.shape[-1:] == W.shape[1:]
+        storage(x, W, b) is not None and W.ndim == 2 and x.shape[-1:] == W.shape[1:]
         and (b is None or b.shape == W.shape[:1])
     )  # fmt: skip
 
 
-@linear.on("cupy")
-def _(xp, x, W, b=None):
+@linear.on("cupy", "cupy bf16")
+def _(xp, x, W, b=None, *, wants):
+    """A weight in bfloat16 is frozen: the gradient of one is left to the specification."""
     blas = cublas(xp)
-    if blas is None or not taken(x, W, b):
+    if blas is None or not taken(x, W, b) or (type(x) is BF16 and any(wants[1:])):
         return NotImplemented
     product, shape = blas.product, x.shape
     y = transformed(xp, product, rows(x), W, b)
@@ -39,10 +55,10 @@ def _(xp, x, W, b=None):
     )
 
 
-@frozen_linear.on("cupy")
+@frozen_linear.on("cupy", "cupy bf16")
 def _(xp, x, *, base):
     blas = cublas(xp)
-    if blas is None or not floats(x):
+    if blas is None or storage(x) is None:
         return NotImplemented
     W, b = base.dense(), None if base.bias is None else base.bias.data
     if not taken(x, W, b):
@@ -54,6 +70,15 @@ def _(xp, x, *, base):
     )
 
 
+def fit(x, A, B, base):
+    """Do an input, an adapter and its base belong together?"""
+    (d_out, d_in), b = base.shape, base.bias
+    return (
+        x.shape[-1:] == (d_in,) and A.shape == (B.shape[1], d_in) and len(B) == d_out
+        and (b is None or b.shape == (d_out,))
+    )  # fmt: skip
+
+
 @lora_linear.on("cupy")
 def _(xp, x, A, B, *, base, scale, wants):
     """One product with W0 + s B A, written into scratch here and again on the way back.
@@ -63,11 +88,7 @@ def _(xp, x, A, B, *, base, scale, wants):
     """
     blas = cublas(xp)
     (d_out, d_in), b = base.shape, None if base.bias is None else base.bias.data
-    if blas is None or not floats(x, A, B, b) or x.size < FEW * d_in:
-        return NotImplemented
-    if x.shape[-1:] != (d_in,) or A.shape != (B.shape[1], d_in) or len(B) != d_out:
-        return NotImplemented  # the specification says what is wrong
-    if b is not None and b.shape != (d_out,):
+    if blas is None or not floats(x, A, B, b) or x.size < FEW * d_in or not fit(x, A, B, base):
         return NotImplemented
     product, shape = blas.product, x.shape
 
@@ -87,5 +108,41 @@ def _(xp, x, A, B, *, base, scale, wants):
             product(product(g, B, alpha=scale).T, kept_x) if wants[1] else None,
             product(g.T, u, alpha=scale) if wants[2] else None,
         )
+
+    return y.reshape(*shape[:-1], d_out), together(pullback)
+
+
+@lora_linear.on("cupy bf16")
+def _(xp, x, A, B, *, base, scale, wants):
+    """The adapter's path is written first, and x W0ᵀ added to it in float32 and rounded once.
+
+    To round W0 + s B A, or to add the update to a rounded x W0ᵀ, would lose most of what is
+    small.  A and B are rounded for the products alone; their gradients are float32.
+    """
+    blas = cublas(xp)
+    if blas is None or storage(x) != "bf16" or not floats(A, B) or not fit(x, A, B, base):
+        return NotImplemented
+    W, b = base.dense(), None if base.bias is None else base.bias.data
+    if not taken(x, W, b):
+        return NotImplemented
+    product, shape, (d_out, r) = blas.product, x.shape, B.shape
+    x, A, B = rows(x), BF16(narrow(A)), BF16(narrow(B))
+    u = product(x, A.T)  # (n, r)
+    y = product(x, W.T, product(u, B.T, alpha=scale), beta=1.0)
+    with_bias(xp, y, b)
+    kept_x = x if wants[1] else None
+    kept_u = u if wants[2] else None
+
+    def pullback(g, wants):
+        g = rows(g)
+        gB = product(g, B, alpha=scale) if wants[0] or wants[1] else None  # (n, r)
+        dx = dA = dB = None
+        if wants[0]:
+            dx = product(g, base.dense(), product(gB, A), beta=1.0).reshape(shape)
+        if wants[1]:
+            dA = product(gB.T, kept_x, xp.empty(A.shape, xp.float32))
+        if wants[2]:
+            dB = product(g.T, kept_u, xp.empty((d_out, r), xp.float32), alpha=scale)
+        return dx, dA, dB
 
     return y.reshape(*shape[:-1], d_out), together(pullback)

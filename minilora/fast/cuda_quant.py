@@ -7,10 +7,14 @@ from ..quant.blockwise import (
     expect_weights,
     quantize_blocks,
 )
-from .cuda import Kernels, flat_grid, floats
+from .cuda import Kernels, flat_grid, floats, storage
 
 quantizing = Kernels("quant.cu", "quantize4<false>", "quantize4<true>", exact=True)
-dequantizing = Kernels("quant.cu", "dequantize<float, 4>", "dequantize<float, 8>", exact=True)
+dequantizing = Kernels(
+    "quant.cu",
+    *(f"dequantize<{S}, {bits}>" for S in ("float", "bf16") for bits in (4, 8)),
+    exact=True,
+)
 
 
 @quantize_blocks.on("cupy")
@@ -33,13 +37,13 @@ def _(xp, w, *, code, block=64):
 
 @dequantize_blocks.on("cupy")
 def _(xp, packed, scales, *, code, block=64, out):
-    launch = dequantizing.on(xp)
+    launch, S = dequantizing.on(xp), storage(out)
     expect_packed(packed, scales, out.size, code, block)
     expect_floating("out", out.dtype)
-    if launch is None or not floats(out) or not out.flags.c_contiguous:
+    if launch is None or S is None or not out.flags.c_contiguous:
         return NotImplemented
     if not (packed.flags.c_contiguous and scales.flags.c_contiguous):
         return NotImplemented
-    launch(f"dequantize<float, {code.bits}>", min(2048, flat_grid(out.size)), 256,
+    launch(f"dequantize<{S}, {code.bits}>", min(2048, flat_grid(out.size)), 256,
            out, packed, scales, code.table, out.size, block.bit_length() - 1)  # fmt: skip
     return out

@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..engine.bf16 import float32_of
+
 
 def halves(blocks: np.ndarray, start: int) -> np.ndarray:
     """The float16 at byte `start` of each block, as float32 (n, 1)."""
@@ -69,7 +71,7 @@ def float16(blocks: np.ndarray) -> np.ndarray:
 
 
 def bfloat16(blocks: np.ndarray) -> np.ndarray:
-    return (blocks.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return float32_of(blocks.view(np.uint16))
 
 
 class BlockType(NamedTuple):

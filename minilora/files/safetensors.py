@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from ..engine.bf16 import float32_of
 from ..engine.check import expect_finite
 from ..engine.errors import FormatError
 from .atomic import replace_file
@@ -72,7 +73,7 @@ class Entry:
             raise FormatError(f"{self.where}: expected 0 and 1, found {self.data.max()}")
         values = self.data.view(STORED[self.dtype])
         if self.dtype == "BF16":
-            values = (values.astype(np.uint32) << 16).view(np.float32)
+            values = float32_of(values)
         if not values.flags.aligned:  # legal in a file, but not for every kernel
             values = values.copy()
         values = values.reshape(self.shape)

@@ -14,6 +14,7 @@ import numpy as np
 from ..engine.backend import to_device, xp_of
 from ..engine.errors import AdapterError
 from ..engine.ops import concat
+from ..engine.rules import wide
 from ..engine.tensor import Tensor
 from ..model.layers import Embedding, Rng, is_linear
 from ..model.module import freeze, module, rebuild, walk
@@ -175,7 +176,7 @@ class MixedLoRA:
         for node, n in zip(self.nodes, self.counts, strict=True):
             rows = self.order[start : start + n]
             if node is None:
-                parts.append(Tensor(xp_of(y.data).zeros((n, *y.shape[1:]), y.dtype)))
+                parts.append(Tensor(xp_of(y.data).zeros_like(wide(y.data[:n]))))
             else:
                 parts.append(node.detour(x[rows]))
             start += n
@@ -292,7 +293,7 @@ def extract(
     for path in select(base, targets):
         if path not in new or not is_linear(new[path]) or new[path].shape != old[path].shape:
             raise AdapterError(f"extract: expected a linear {old[path].shape} at {path} in both")
-        change = new[path].dense() - old[path].dense()
+        change = wide(new[path].dense()) - wide(old[path].dense())
         xp, dtype = xp_of(change), change.dtype
         U, S, Vt = xp.linalg.svd(change.astype(xp.float64), full_matrices=False)
         r = min(rank, len(S))

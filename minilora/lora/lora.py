@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from ..engine.backend import to_device, xp_of
+from ..engine.bf16 import BFLOAT16
 from ..engine.check import expect_finite
 from ..engine.errors import AdapterError, RankWarning
 from ..engine.fused import dropout, embedding, linear, lora_linear
+from ..engine.rules import wide
 from ..engine.tensor import Parameter, Tensor, transpose
 from ..model.layers import Embedding, Linear, LinearLike, Rng, is_linear
 from ..model.module import count, freeze, module, parameters, rebuild, walk
@@ -85,7 +87,7 @@ class LoRALinear:
     def merged(self) -> Linear:
         """A plain Linear with W = W0 + s B A, and arrays of its own."""
         bias = self.base.bias
-        weight = Tensor(self.base.dense() + self.delta())
+        weight = Tensor(wide(self.base.dense()) + self.delta())
         return Linear(weight, None if bias is None else Tensor(bias.data.copy()))
 
 
@@ -134,7 +136,7 @@ class LoRAEmbedding:
 
     def merged(self) -> Embedding:
         """A plain Embedding with its own table, W0 + s (B A)ᵀ."""
-        return Embedding(Tensor(self.base.weight.data + self.delta()))
+        return Embedding(Tensor(wide(self.base.weight.data) + self.delta()))
 
 
 def is_adapter(node: Any) -> bool:
@@ -231,7 +233,8 @@ def adapt(
                 A = rng.standard_normal((r, d_in)) / r
             kind, B = LoRALinear, np.zeros((d_out, r))
         device = "cpu" if xp_of(weight) is np else "cuda"
-        A, B = (Parameter(to_device(f.astype(weight.dtype), device)) for f in (A, B))
+        dtype = np.float32 if weight.dtype == BFLOAT16 else weight.dtype
+        A, B = (Parameter(to_device(f.astype(dtype), device)) for f in (A, B))
         rate = 0.0 if kind is LoRAEmbedding else dropout
         return kind(node, A, B, float(alphas[path]), rank_stabilized, rate)
 

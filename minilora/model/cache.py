@@ -3,16 +3,21 @@
 from typing import Any
 
 from ..engine.backend import xp_of
+from ..engine.bf16 import empty
 from ..engine.errors import MiniloraError
+from ..engine.rules import bits_in, stored_as
 from ..engine.tensor import Tensor
+from .module import tensors
 
 
 class LayerCache:
     """The keys and values of one layer: position p of row n stands at [n, p]."""
 
     def __init__(self, xp: Any, shape: tuple[int, int, int, int], dtype: Any):
-        self.keys = xp.zeros(shape, dtype)  # (N, S, K, D)
-        self.values = xp.zeros(shape, dtype)
+        self.keys = empty(xp, shape, dtype)  # (N, S, K, D)
+        self.values = empty(xp, shape, dtype)
+        for held in (self.keys, self.values):
+            bits_in(held).fill(0)
         self.rows = xp.arange(shape[0])[:, None]  # (N, 1)
         self.stop = shape[1]  # positions from here on hold nothing yet
 
@@ -20,8 +25,8 @@ class LayerCache:
         """Write k and v (N, T, K, D) at `positions` (N, T); return all before `stop`, as views."""
         if k.target is not None or v.target is not None:
             raise MiniloraError("cache: generate from a frozen model: freeze(model)")
-        self.keys[self.rows, positions] = k.data
-        self.values[self.rows, positions] = v.data
+        self.keys[self.rows, positions] = stored_as(self.keys, k.data)
+        self.values[self.rows, positions] = stored_as(self.values, v.data)
         return Tensor(self.keys[:, : self.stop]), Tensor(self.values[:, : self.stop])
 
 
@@ -32,14 +37,14 @@ class KVCache:
     """
 
     def __init__(self, model: Any, batch: int, length: int):
-        config, weight = model.config, model.norm.weight.data
+        config, table = model.config, next(iter(tensors(model.embedding).values())).data
         if length > config.context:
             raise MiniloraError(
                 f"cache: expected at most {config.context} positions, found {length}"
             )
         shape = (batch, length, config.kv, config.head_width)
-        xp = xp_of(weight)
-        self.layers = [LayerCache(xp, shape, weight.dtype) for _ in range(config.layers)]
+        xp = xp_of(table)
+        self.layers = [LayerCache(xp, shape, table.dtype) for _ in range(config.layers)]
 
     def reach(self, stop: int) -> None:
         """From now on no row has a token at `stop` or beyond, and nobody need look there."""

@@ -7,6 +7,7 @@ import numpy as np
 
 from ..engine.backend import to_device, to_numpy, xp_of
 from ..engine.errors import MiniloraError, NumericsError
+from ..engine.rules import wide
 from ..engine.tensor import Tensor
 from .cache import KVCache
 from .layers import Linear
@@ -96,7 +97,7 @@ def each_token(
     x = x[rows, last]  # (N, C)
     sound = xp.ones(len(lengths), bool)
     for step in range(new_tokens):
-        logits = model.head(x).data  # (N, V)
+        logits = wide(model.head(x).data)  # (N, V)
         if temperature == 0:
             token = logits.argmax(axis=-1)
             sound = sound & xp.isfinite(logits[rows, token])
@@ -128,7 +129,7 @@ def for_decoding(model: Any) -> Any:
 
     def convert(path: str, node: Any) -> Any:
         if isinstance(node, Linear) and xp_of(node.weight.data) is np:
-            return Linear(Tensor(np.array(node.weight.data, order="F")), node.bias)
+            return Linear(Tensor(np.array(wide(node.weight.data), order="F")), node.bias)
         return node
 
     return rebuild(freeze(model), convert)

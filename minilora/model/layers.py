@@ -5,6 +5,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..engine.fused import embedding, gelu, layer_norm, linear, rms_norm, swiglu
+from ..engine.rules import stored_as
 from ..engine.tensor import Parameter, Tensor
 from .module import module
 
@@ -49,7 +50,7 @@ class Linear:
     def dense(self, out: Any = None) -> Any:
         if out is None:
             return self.weight.data
-        out[...] = self.weight.data
+        out[...] = stored_as(out, self.weight.data)
         return out
 
 

@@ -6,6 +6,7 @@ from typing import Any, dataclass_transform
 
 from ..engine.backend import is_array
 from ..engine.backend import to_device as array_to_device
+from ..engine.rules import cast_array
 from ..engine.tensor import Parameter, Tensor
 
 
@@ -119,12 +120,12 @@ def to_device(tree: Any, device: str) -> Any:
 
 
 def cast(tree: Any, dtype: Any) -> Any:
-    """The tree with its Tensors in another float type, e.g. float64 for a check."""
+    """The tree with its Tensors in another float type, e.g. float64 for a check; BFLOAT16 too."""
 
     def convert(path: str, node: Any) -> Any:
         if not isinstance(node, Tensor) or node.dtype == dtype:
             return node
-        return type(node)(node.data.astype(dtype))
+        return type(node)(cast_array(node.data, dtype))
 
     return rebuild(tree, convert)
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..engine.backend import is_array, to_numpy, xp_of
+from ..engine.bf16 import empty
 from ..engine.errors import QuantError
 from ..engine.rules import rule
 from ..model.module import module, to_device
@@ -13,7 +14,7 @@ from .codes import Code
 from .codes import code as code_named
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-FLOATS = ("float16", "float32", "float64")
+FLOATS = ("float16", "float32", "float64", "bfloat16")
 SMALLEST = 2.0**-126  # the least normal float32: 1/s of a smaller scale may be infinite
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -169,7 +170,7 @@ class QuantizedArray:
     def dense(self, out: Any = None) -> Any:
         """The array that the codes mean, written into `out` where that is given."""
         if out is None:
-            out = xp_of(self.packed).empty(self.shape, self.dtype)
+            out = empty(xp_of(self.packed), self.shape, self.dtype)
         elif out.shape != self.shape:
             raise QuantError(f"out: expected shape {self.shape}, found {out.shape}")
         scales = self.scales if is_array(self.scales) else self.scales.dense()

@@ -8,6 +8,7 @@ import numpy as np
 from ..engine.backend import xp_of
 from ..engine.errors import QuantError
 from ..engine.fused import frozen_linear
+from ..engine.rules import wide
 from ..engine.tensor import Tensor
 from ..lora.lora import LoRALinear, is_adapter
 from ..model.layers import Linear, Rng
@@ -116,12 +117,12 @@ def merge_quantized(
     def fold(path: str, node: Any) -> Any:
         if isinstance(node, LoRALinear) and isinstance(node.base, QuantizedLinear):
             base = node.base
-            trained = base.dense() + node.delta()
+            trained = wide(base.dense()) + node.delta()
             bias = None if base.bias is None else Tensor(base.bias.data.copy())
             if way == "original":
                 if path not in originals or originals[path].shape != base.shape:
                     raise QuantError(f"original: expected a Linear {base.shape} at {path}")
-                merged = Linear(Tensor(originals[path].weight.data + node.delta()), bias)
+                merged = Linear(Tensor(wide(originals[path].weight.data) + node.delta()), bias)
             elif way == "requantized":
                 weight = quantize_array(trained, base.weight.code, base.weight.block)
                 if isinstance(base.weight.scales, DoubleScales):
@@ -129,7 +130,7 @@ def merge_quantized(
                 merged = QuantizedLinear(weight, bias)
             else:
                 merged = Linear(Tensor(trained), bias)
-            errors[path] = distance(merged.dense(), trained)
+            errors[path] = distance(wide(merged.dense()), trained)
             return merged
         if isinstance(node, LoRALinear):
             return node.merged()

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..engine.backend import to_numpy
+from ..engine.rules import wide
 from ..model.module import freeze, tensors
 from .data import Data
 from .parallel import Loss, device_of
@@ -69,7 +70,7 @@ def argmax_hits(model: Any, data: Data, logits: Callable, batch: int = 256) -> I
     device = device_of(next(iter(tensors(model).values())).data)
     for rows in data.in_order(batch):
         arrays, _ = data.take(rows, device)
-        found = to_numpy(logits(model, arrays).data.argmax(axis=-1))
+        found = to_numpy(wide(logits(model, arrays).data).argmax(axis=-1))
         yield found, data.arrays["targets"][rows]
 
 

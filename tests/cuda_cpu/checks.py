@@ -15,9 +15,11 @@ import pytest
 from cuda_cpu import fakeraw
 
 from minilora.engine.backend import to_device, to_numpy
+from minilora.engine.bf16 import BF16, BFLOAT16, bits_of, float32_of
 from minilora.engine.check import gradients
 from minilora.engine.rules import reference_rules
-from minilora.model.module import cast
+from minilora.engine.tensor import Tensor
+from minilora.model.module import cast, rebuild
 from minilora.model.module import to_device as tree_to_device
 
 
@@ -72,21 +74,38 @@ def launches(call, seed=1):
     return value, [re.sub(r"<.*", "", name) for name in fakeraw.RawModule.launched]
 
 
-def agrees(op, arrays, options=None, *, expect=(), tolerance=1e-5, scale=0.0, frozen=()):
+def in_bf16(tree):
+    """A tree whose Tensors are rounded to bfloat16."""
+    half = lambda n: Tensor(BF16(bits_of(n.data))) if isinstance(n, Tensor) else n
+    return rebuild(tree, lambda _, node: half(node))
+
+
+def agrees(op, arrays, options=None, *, expect=(), tolerance=None, scale=0.0, frozen=(), half=None):
     """Value and gradients of `op` in float32 on the device, against float64 on the host.
 
     The error is relative in norm, or to `scale` where that is larger.  The kernels that `expect`
     names must have run; a second run under another seed must give the same bits; arguments stay
-    as they are.  Arguments numbered in `frozen` want no gradient.
+    as they are.  Arguments numbered in `frozen` want no gradient; those in `half` come in
+    bfloat16, and so do frozen bases then: the numbers are rounded first, for both sides.
     """
     narrow = lambda v: cast(v, np.float32) if hasattr(v, "dense") else v
     options = {name: narrow(value) for name, value in (options or {}).items()}
     arrays = [np.asarray(a, np.float32) for a in arrays]
     rng = np.random.default_rng(0)
+    tolerance = tolerance or (1e-5 if half is None else 4e-3)
+    if half is not None:
+        bases = {name: in_bf16(v) for name, v in options.items() if hasattr(v, "dense")}
+        options = options | bases
+        arrays = [float32_of(bits_of(a)) if i in half else a for i, a in enumerate(arrays)]
+
+    def stored(place, i):
+        if place is on_device and half is not None and i in half:
+            return BF16(place(bits_of(arrays[i])))
+        return place(arrays[i])
 
     def run(place):
         """Value and gradients for arrays, a cotangent and options placed by `place`."""
-        given = [place(a) for a in arrays]
+        given = [stored(place, i) for i in range(len(arrays))]
         fixed = {name: place(value) for name, value in options.items()}
 
         def function(*free):
@@ -101,6 +120,7 @@ def agrees(op, arrays, options=None, *, expect=(), tolerance=1e-5, scale=0.0, fr
         function, free = run(wide)
         shape = function(*free).data.shape
         w = np.asarray(rng.standard_normal(shape), np.float32)
+        w = w if half is None else np.asarray(float32_of(bits_of(w)))
         wanted, value = gradients(function, free, w.astype(np.float64))
     results = []
     for seed in (1, 2):
@@ -111,6 +131,10 @@ def agrees(op, arrays, options=None, *, expect=(), tolerance=1e-5, scale=0.0, fr
         if issubclass(sys.modules["cupy"].RawModule, fakeraw.RawModule):
             assert set(expect) <= set(names), f"expected {expect}, launched {names}"
         results.append([to_numpy(a) for a in (fast.data, *found)])
+        kinds = [bool(half) and fast.ndim > 0, *(half is not None and i in half
+                 for i in range(len(arrays)) if i not in frozen)]  # fmt: skip
+        for a, two_bytes in zip((fast.data, *found), kinds, strict=True):
+            assert a.dtype == (BFLOAT16 if two_bytes else np.float32)
         for given, a in zip(free, [a for i, a in enumerate(arrays) if i not in frozen],
                             strict=True):  # fmt: skip
             np.testing.assert_array_equal(to_numpy(given), a)

@@ -7,20 +7,23 @@ stands in NVIDIA's header; the matrices are read at their addresses in the stand
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import CFUNCTYPE, POINTER, c_float, c_int, c_size_t, c_void_p
+from ctypes import CFUNCTYPE, POINTER, c_float, c_int, c_size_t, c_uint16, c_void_p
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import standin
 
+from minilora.engine.bf16 import bits_of, float32_of
 from minilora.fast import cublas
 
 HANDLE = 0xB1A5
 SUCCESS, NOT_INITIALIZED, INVALID_VALUE = 0, 1, 7
-FLOAT, OF_FLOATS, ADDRESS = 0, POINTER(c_float), c_void_p
+FLOAT, HALF, OF_FLOATS, ADDRESS = 0, 14, POINTER(c_float), c_void_p
+TAKEN = {(FLOAT, FLOAT, FLOAT), (HALF, HALF, HALF), (HALF, HALF, FLOAT)}
 SIGNATURES = {  # cublas_v2.h
     "cublasCreate_v2": (POINTER(c_void_p),),
+    "cublasSetMathMode": (ADDRESS, c_int),
     "cublasSetStream_v2": (ADDRESS, ADDRESS),
     "cublasSetWorkspace_v2": (ADDRESS, ADDRESS, c_size_t),
     "cublasGemmEx": (
@@ -36,6 +39,7 @@ class Library:
     def __init__(self):
         self.asked, self.wrong = [], None
         self.stream = self.workspace = None
+        self.whole_sums = False
         for name, types in SIGNATURES.items():
             setattr(self, name, CFUNCTYPE(c_int, *types)(self.guarded(name)))
 
@@ -52,6 +56,12 @@ class Library:
 
     def create(self, handle):
         handle[0] = HANDLE
+        return SUCCESS
+
+    def setmathmode(self, handle, mode):
+        """16: CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION"""
+        self.expect(handle)
+        self.whole_sums = mode == 16
         return SUCCESS
 
     def setstream(self, handle, stream):
@@ -75,20 +85,24 @@ class Library:
     ):  # fmt: skip
         """C (m, n) = alpha op(A) op(B) + beta C, all of them column by column."""
         self.expect(handle)
+        if type_a == HALF and not self.whole_sums:
+            raise ValueError("parts of a sum could be rounded")
         if self.workspace is None:
             raise ValueError("no workspace: a capture would fail")
-        if (type_a, type_b, type_c, compute, algorithm) != (FLOAT, FLOAT, FLOAT, 68, -1):
-            raise ValueError("types")
+        kinds = (type_a, type_b, type_c)
+        if kinds not in TAKEN or (compute, algorithm) != (68, -1):
+            raise ValueError(f"types {kinds}")
         alpha, beta = alpha[0], beta[0]
 
         def run():
-            left = matrix(a, *((m, k), (k, m))[ta], lda)
-            right = matrix(b, *((k, n), (n, k))[tb], ldb)
+            left = numbers(matrix(a, *((m, k), (k, m))[ta], lda, type_a))
+            right = numbers(matrix(b, *((k, n), (n, k))[tb], ldb, type_b))
             value = np.float32(alpha) * ((left.T if ta else left) @ (right.T if tb else right))
-            into = matrix(c, m, n, ldc)
-            into[...] = value if beta == 0 else value + np.float32(beta) * into
+            into = matrix(c, m, n, ldc, type_c)
+            value = value if beta == 0 else value + np.float32(beta) * numbers(into)
+            into[...] = value if type_c == FLOAT else bits_of(value)
 
-        kept = [inside(address, 4) for address in (a, b, c)]  # a graph's pool would keep them
+        kept = [inside(address, 2) for address in (a, b, c)]  # a graph's pool would keep them
         self.run(lambda: run() if kept else None)
         standin.stats.launches += 1
         return SUCCESS
@@ -98,14 +112,20 @@ class Library:
         step()
 
 
-def matrix(address, rows, columns, leading):
+def matrix(address, rows, columns, leading, kind):
     """A (rows, columns) view of memory, columns `leading` entries apart."""
     if leading < max(1, rows):
         raise ValueError(f"leading dimension {leading} of {rows} rows")
-    span = 4 * (leading * (columns - 1) + rows)
-    inside(address, span)
-    flat = np.ctypeslib.as_array((c_float * (span // 4)).from_address(address))
-    return np.lib.stride_tricks.as_strided(flat, (rows, columns), (4, 4 * leading))
+    entry, size = (c_float, 4) if kind == FLOAT else (c_uint16, 2)
+    count = leading * (columns - 1) + rows
+    inside(address, size * count)
+    flat = np.ctypeslib.as_array((entry * count).from_address(address))
+    return np.lib.stride_tricks.as_strided(flat, (rows, columns), (size, size * leading))
+
+
+def numbers(entries):
+    """float32, of bfloat16's bits too."""
+    return float32_of(entries) if entries.dtype == np.uint16 else entries
 
 
 def inside(address, size):

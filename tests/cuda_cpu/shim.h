@@ -375,3 +375,65 @@ inline float min(float a, float b) { return fminf(a, b); }
 inline float max(float a, float b) { return fmaxf(a, b); }
 inline double min(double a, double b) { return fmin(a, b); }
 inline double max(double a, double b) { return fmax(a, b); }
+
+// ----------------------------------------------------------------- tensor cores (PTX ISA)
+
+// What all lanes of a warp hand in, seen by each: read it before the next exchange.
+template <typename T> struct shim_posted {
+    int turn;
+    explicit shim_posted(T mine) {
+        turn = shim::now->turn;
+        shim::exchange(0xFFFFFFFFu, mine, shim_lane());
+    }
+    T of(int lane) const {
+        shim::Fiber* from = shim::now - shim_lane() + lane;
+        T value;
+        if (from->filled[turn]) memcpy(&value, from->slot[turn], sizeof(T));
+        else memset(&value, 0xFF, sizeof(T));
+        return value;
+    }
+};
+struct shim_words { unsigned at[4]; };
+inline float shim_half(unsigned word, int half) {
+    return __uint_as_float(half ? word & 0xFFFF0000u : word << 16);
+}
+
+// mma.sync m16n8k16, bfloat16 by bfloat16 to float: d += a b.  Entry (r, k) of a stands in lane
+// 4 (r % 8) + k % 8 / 2, register (r >= 8) + 2 (k >= 8), half k % 2; entry (k, c) of b in lane
+// 4 c + k % 8 / 2, register k >= 8, half k % 2; entry (r, c) of d in lane 4 (r % 8) + c / 2,
+// place 2 (r >= 8) + c % 2.
+inline void multiply(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    int g = shim_lane() / 4, t = shim_lane() % 4;
+    float left[2][16], right[2][16];
+    shim_posted<shim_words> as({a[0], a[1], a[2], a[3]});
+    for (int r = 0; r < 2; r++)
+        for (int k = 0; k < 16; k++)
+            left[r][k] = shim_half(as.of(4 * g + k % 8 / 2).at[r + 2 * (k / 8)], k % 2);
+    shim_posted<uint2> bs({b0, b1});
+    for (int c = 0; c < 2; c++)
+        for (int k = 0; k < 16; k++) {
+            uint2 words = bs.of(4 * (2 * t + c) + k % 8 / 2);
+            right[c][k] = shim_half(k < 8 ? words.x : words.y, k % 2);
+        }
+    for (int place = 0; place < 4; place++) {
+        double sum = d[place];
+        for (int k = 0; k < 16; k++) sum += (double)left[place / 2][k] * right[place % 2][k];
+        d[place] = (float)sum;
+    }
+}
+
+// ldmatrix x4: lane l points at row l % 8 of matrix l / 8, sixteen bytes that stand on sixteen.
+template <bool TRANSPOSED> inline void fetch(unsigned (&to)[4], const void* row) {
+    int g = shim_lane() / 4, t = shim_lane() % 4;
+    shim_posted<const void*> rows(row);
+    for (int matrix = 0; matrix < 4; matrix++) {
+        unsigned short half[2];
+        for (int i = 0; i < 2; i++) {
+            int r = TRANSPOSED ? 2 * t + i : g, c = TRANSPOSED ? g : 2 * t + i;
+            const char* from = (const char*)rows.of(8 * matrix + r);
+            if ((uintptr_t)from % 16) half[i] = 0xFFFF;  // a card would stop
+            else memcpy(&half[i], from + 2 * c, 2);
+        }
+        to[matrix] = half[0] | (unsigned)half[1] << 16;
+    }
+}

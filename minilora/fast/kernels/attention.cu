@@ -10,8 +10,7 @@
 // The softmax is in base 2: queries come in times log2(e) / sqrt(D), and so do the log-sum-exps.
 // The text up to the forward kernel serves `attention_backward.cu` too.
 
-constexpr int THREADS = 128, TILE = 64, WEIGHT_LD = TILE + 16;
-constexpr float LOG2_E = 1.4426950408889634f;
+constexpr int WEIGHT_LD = TILE + 16;
 
 __device__ inline int own_y() { return threadIdx.x / LANES * 2 + threadIdx.x % 2; }
 __device__ inline int own_x() { return threadIdx.x / 2 % 16; }
@@ -24,9 +23,6 @@ template <int WIDTH> struct Layout {
         return x * VECTOR + c / VECTOR * 16 * VECTOR + c % VECTOR;
     }
 };
-
-// rows, time and heads of an array (N, T, H, D) whose last axis is contiguous, in floats
-struct Strides { long long n, t, h; };
 
 __device__ inline bool in_fours(const float* at, long long stride, int D) {
     return on16(at) && stride % 4 == 0 && D % 4 == 0;

@@ -10,21 +10,6 @@ template <int WIDTH> struct Backward {
     static constexpr int R = WIDTH > 64 ? 4 : 8, QUERIES = 8 * R;  // two blocks fit an H100's SM
 };
 
-// delta[n][h][t] = sum over d of g o.   One warp a row; o (N, T, H, D) is contiguous.
-__global__ void __launch_bounds__(THREADS)
-    attention_delta(Strided<const float*> g, const float* o, float* delta, long long gn,
-                    long long gt, long long gh, int T, int H, int D, long long rows) {
-    const long long row = (long long)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
-    if (row >= rows) return;  // a warp as a whole
-    const int h = row % H, lane = threadIdx.x % 32;
-    const long long t = row / H % T, n = row / H / T;
-    const float* at = g.at + n * gn + t * gt + h * gh;
-    float sum = 0;
-    for (int d = lane; d < D; d += 32) sum += at[d] * o[row * D + d];
-    sum = warp_sum(sum);
-    if (lane == 0) delta[(n * H + h) * T + t] = sum;
-}
-
 // P and dS of a thread's queries `first_query` + y + 8 i and keys `first_key` + x + 16 j.
 template <int WIDTH, int R>
 __device__ void weights_and_slopes(float (&p)[R][4], float (&ds)[R][4], const float* queries,

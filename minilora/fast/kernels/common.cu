@@ -1,7 +1,7 @@
 // What every kernel file may use; the loader puts this text before it.  No #include anywhere.
 //
-// Math is float32; `S` is the type that an array is stored in.  Rows and flat arrays are walked
-// four entries at a time where every pointer stands on 16 bytes, else one at a time.
+// Math is float32; `S` is the type that an array is stored in, float or bf16.  Rows and flat
+// arrays are walked four entries at a time where every pointer stands on 16 bytes, else singly.
 
 #ifndef CUDA_CPU
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
@@ -12,6 +12,18 @@ constexpr unsigned ALL = 0xFFFFFFFFu;
 
 // A parameter for an array that is read and need not be contiguous; a launch passes a pointer.
 template <typename P> struct Strided { P at; };
+
+// bfloat16: the upper half of a float.
+struct bf16 { unsigned short bits; };
+
+__device__ inline float widen(bf16 x) { return __uint_as_float((unsigned)x.bits << 16); }
+
+// To the nearest, ties to even; a NaN stays one.
+__device__ inline bf16 narrow(float x) {
+    unsigned whole = __float_as_uint(x);
+    if ((whole & 0x7FFFFFFF) > 0x7F800000) return {(unsigned short)(whole >> 16 | 0x40)};
+    return {(unsigned short)((whole + 0x7FFF + (whole >> 16 & 1)) >> 16)};
+}
 
 template <int N> struct Width { static constexpr int n = N; };
 template <int N> struct Floats { float v[N]; };
@@ -26,6 +38,18 @@ __device__ inline Floats<4> load(const float* p, Width<4>) {
 __device__ inline void store(float* p, Floats<1> a) { *p = a.v[0]; }
 __device__ inline void store(float* p, Floats<4> a) {
     *(float4*)p = make_float4(a.v[0], a.v[1], a.v[2], a.v[3]);
+}
+
+__device__ inline Floats<1> load(const bf16* p, Width<1>) { return {{widen(*p)}}; }
+__device__ inline Floats<4> load(const bf16* p, Width<4>) {
+    uint2 a = *(const uint2*)p;  // the first of two stands in the lower half
+    return {{__uint_as_float(a.x << 16), __uint_as_float(a.x & 0xFFFF0000),
+             __uint_as_float(a.y << 16), __uint_as_float(a.y & 0xFFFF0000)}};
+}
+__device__ inline void store(bf16* p, Floats<1> a) { *p = narrow(a.v[0]); }
+__device__ inline void store(bf16* p, Floats<4> a) {
+    *(uint2*)p = make_uint2(narrow(a.v[0]).bits | narrow(a.v[1]).bits << 16,
+                            narrow(a.v[2]).bits | narrow(a.v[3]).bits << 16);
 }
 
 __device__ inline float infinite() { return __int_as_float(0x7F800000); }

@@ -3,7 +3,7 @@
 // A block of 128 threads takes one query and CHUNK keys; LANES_PER_KEY lanes, four channels each,
 // share a key.  Softmax in base 2.  How many keys a query sees is read on the device, so that one
 // launch, and one captured graph, serves every position: blocks beyond the last key do nothing.
-// The second kernel adds up the chunks in order.
+// The second kernel adds up the chunks in order.  E is the type in which entries are stored.
 
 constexpr int THREADS = 128, CHUNK = 128, AT_ONCE = 4;
 constexpr float LOG2_E = 1.4426950408889634f;
@@ -14,19 +14,17 @@ __device__ inline int seen_keys(const long long* positions, long long query, int
     return p < 0 ? 0 : p < S ? (int)p + 1 : S;
 }
 
-__device__ inline float4 four(const float* at, int d, int D, bool wide) {
-    if (wide) return *(const float4*)(at + d);
-    float4 x = make_float4(at[d], 0, 0, 0);
-    if (d + 1 < D) x.y = at[d + 1];
-    if (d + 2 < D) x.z = at[d + 2];
-    if (d + 3 < D) x.w = at[d + 3];
-    return x;
+template <typename E> __device__ float4 four(const E* at, int d, int D, bool wide) {
+    const auto one = [&](int e) { return d + e < D ? load(at + d + e, Width<1>()).v[0] : 0.0f; };
+    if (!wide) return make_float4(one(0), one(1), one(2), one(3));
+    const Floats<4> x = load(at + d, Width<4>());
+    return make_float4(x.v[0], x.v[1], x.v[2], x.v[3]);
 }
 
 // parts[query][head][chunk]: D sums of 2^(score - top) v, then top, then the sum of 2^(score - top)
-template <int LANES_PER_KEY>
+template <typename E, int LANES_PER_KEY>
 __global__ void __launch_bounds__(THREADS)
-    attention_decode(Strided<const float*> q, Strided<const float*> k, Strided<const float*> v,
+    attention_decode(Strided<const E*> q, Strided<const E*> k, Strided<const E*> v,
                      const long long* positions, float* parts, long long qn, long long qt,
                      long long qh, long long kn, long long kt, long long kh, long long vn,
                      long long vt, long long vh, int T, int S, int H, int K, int D, float scale) {
@@ -40,9 +38,9 @@ __global__ void __launch_bounds__(THREADS)
     if (first >= seen) return;  // the block as a whole
     const int end = first + CHUNK < seen ? first + CHUNK : seen, d = 4 * lane;
 
-    const float* queries = q.at + n * qn + t * qt + h * qh;
-    const float* keys = k.at + n * kn + key_head * kh;
-    const float* values = v.at + n * vn + key_head * vh;
+    const E* queries = q.at + n * qn + t * qt + h * qh;
+    const E* keys = k.at + n * kn + key_head * kh;
+    const E* values = v.at + n * vn + key_head * vh;
     const bool wide_keys = on16(keys) && kt % 4 == 0 && D % 4 == 0;
     const bool wide_values = on16(values) && vt % 4 == 0 && D % 4 == 0;
     const float4 zeros = make_float4(0, 0, 0, 0);
@@ -101,8 +99,9 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 // out[query][head] = the chunks of one query put together; one that sees no key gets 0 / 0.
+template <typename E>
 __global__ void __launch_bounds__(THREADS)
-    attention_combine(const float* parts, const long long* positions, float* out, int chunks,
+    attention_combine(const float* parts, const long long* positions, E* out, int chunks,
                       int S, int H, int D) {
     const long long query = blockIdx.y, row = query * H + blockIdx.x;
     const int seen = seen_keys(positions, query, S), used = (seen + CHUNK - 1) / CHUNK;
@@ -116,5 +115,5 @@ __global__ void __launch_bounds__(THREADS)
         total += share * part[D + 1];
         if (threadIdx.x < D) sum += share * part[threadIdx.x];
     }
-    if (threadIdx.x < D) out[row * D + threadIdx.x] = sum / total;
+    if (threadIdx.x < D) store(out + row * D + threadIdx.x, Floats<1>{{sum / total}});
 }

@@ -74,3 +74,14 @@ __global__ void add_losses(float* total, const float* losses, int n) {
     sum = block_sum(sum);
     if (threadIdx.x == 0) *total = sum;
 }
+
+// y = factor x, with the factor on the device.
+template <typename S>
+__global__ void scaled(S* y, const S* x, const float* factor, long long n) {
+    float by = *factor;
+    by_grid(n, on16(y) && on16(x), [&](long long i, auto width) {
+        auto a = load(x + i, width);
+        for (float& v : a.v) v *= by;
+        store(y + i, a);
+    });
+}

@@ -1,10 +1,11 @@
 // LayerNorm (CENTERED) and RMSNorm: a block per row on the way out and back; the gradients of
-// weight and bias are summed in strips of rows, and the strips then in order: no atomics.
+// weight and bias are summed in strips of rows, and the strips then in order: no atomics.  Weight
+// and bias are float32 beside any x.
 
 // y = n w + b,  n = (x - mean) / sqrt(var + eps); the sums are double, 1e20 squared fits.
 template <typename S, bool CENTERED>
-__global__ void norm_forward(S* y, float* inverse, float* mean, const S* x, const S* weight,
-                             const S* bias, int C, double eps) {
+__global__ void norm_forward(S* y, float* inverse, float* mean, const S* x, const float* weight,
+                             const float* bias, int C, double eps) {
     long long row = blockIdx.x;
     x += row * C;
     y += row * C;
@@ -41,8 +42,8 @@ __global__ void norm_forward(S* y, float* inverse, float* mean, const S* x, cons
 
 // dx = (h - mean(h) - n mean(h n)) / sqrt(var + eps),  h = g w
 template <typename S, bool CENTERED>
-__global__ void norm_backward(S* dx, const S* g, const S* x, const S* weight, const float* inverse,
-                              const float* mean, int C) {
+__global__ void norm_backward(S* dx, const S* g, const S* x, const float* weight,
+                              const float* inverse, const float* mean, int C) {
     long long row = blockIdx.x;
     dx += row * C;
     g += row * C;

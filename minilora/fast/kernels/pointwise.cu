@@ -1,5 +1,29 @@
-// The activations of the MLP and the rotation of heads; the ways back form everything again from
-// what went in.
+// Conversions and sums; the activations of the MLP and the rotation of heads, whose ways back form
+// everything again from what went in.
+
+template <typename To, typename From> __global__ void converted(To* y, const From* x, long long n) {
+    by_grid(n, on16(x) && on16(y),
+            [&](long long i, auto width) { store(y + i, load(x + i, width)); });
+}
+
+template <typename S> __global__ void added(S* y, const S* a, const S* b, long long n) {
+    by_grid(n, on16(y) && on16(a) && on16(b), [&](long long i, auto width) {
+        auto c = load(a + i, width), d = load(b + i, width);
+        for (int j = 0; j < width.n; j++) c.v[j] += d.v[j];
+        store(y + i, c);
+    });
+}
+
+// y[row] += b, for rows of C
+template <typename S>
+__global__ void add_to_rows(S* y, const S* b, int C) {
+    y += (long long)blockIdx.x * C;
+    by_row(C, C % 4 == 0 && on16(y) && on16(b), [&](int i, auto width) {
+        auto c = load(y + i, width), d = load(b + i, width);
+        for (int j = 0; j < width.n; j++) c.v[j] += d.v[j];
+        store(y + i, c);
+    });
+}
 
 __device__ inline float gelu_tanh(float x) {
     return tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x));
