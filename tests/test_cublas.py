@@ -347,15 +347,20 @@ def test_lora_linear(bias, codes):
     held(lora_linear, arrays, options, 8)  # out: W, y, u; back: W, dx, gB, dA, dB
 
 
-def test_few_tokens_stay_with_the_specification():
-    held(lora_linear, drawn((3, 21, 12), (3, 12), (10, 3)), {"base": base(), "scale": 2.0}, 0)
+@pytest.mark.parametrize("codes", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_tokens_take_the_detour(bias, codes):
+    arrays = drawn((3, 21, 12), (3, 12), (10, 3))
+    options = {"base": base(bias=bias, codes=codes), "scale": 2.0}
+    held(lora_linear, arrays, options, 8)  # out: base, u, + B; back: gB, dx, + A, dA, dB
     assert cuda_linear.FEW == 64
 
 
+@pytest.mark.parametrize("rows", [5, 70])
 @pytest.mark.parametrize("codes", [True, False])
-def test_with_B_at_zero_the_bits_are_those_of_the_base(codes):
+def test_with_B_at_zero_the_bits_are_those_of_the_base(codes, rows):
     node = tree_to_device(base(codes=codes), "cuda")
-    x, A = (dev(a) for a in drawn((70, 12), (3, 12)))
+    x, A = (dev(a) for a in drawn((rows, 12), (3, 12)))
     B = dev(np.zeros((10, 3)))
     y = lora_linear(Tensor(x), Parameter(A), Parameter(B), base=node, scale=2.0)
     assert to_numpy(y.data).tobytes() == to_numpy(node(Tensor(x)).data).tobytes()

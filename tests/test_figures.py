@@ -32,6 +32,10 @@ DRAWN |= {
     if task != "dates"
 }
 DRAWN |= {f"bench_{suite}": (f"bench_{suite}", bench_figure) for suite in SUITES}
+DRAWN |= {
+    f"bench_{suite}_smollm2": (f"bench_{suite}_smollm2", bench_figure)
+    for suite in ("step", "memory", "generate")
+}
 PICTURES = sorted(path.stem for path in FIGURES.glob("*.png"))
 
 

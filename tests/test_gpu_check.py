@@ -101,13 +101,21 @@ def test_the_record_holds_rates_and_costs(cupy):
     record = gpu_check.gpu_check(SMALL)
     rates = {row["kernel"]: row for row in record["kernels"]}
     assert rates["copy"]["of_copy"] == 1
-    assert {"adamw", "nf4 dequantize", "layer_norm, there and back", "rope"} <= rates.keys()
+    assert {
+        "adamw",
+        "nf4 dequantize",
+        "layer_norm, there and back",
+        "rope",
+        "nf4 product, 1 row, double",
+    } <= rates.keys()
     moved = dict((name, size) for name, size, _ in speed.kernels_of(cupy, SMALL.size))
     for name, row in rates.items():
         assert row["gb_s"] * row["ms"] * 1e6 == pytest.approx(moved[name])
     assert moved["copy"] == 2 * SMALL.size
     assert moved["adamw"] == 7 * SMALL.size
     assert moved["nf4 dequantize"] == SMALL.size * (1 + 1 / 8 + 1 / 64)
+    of_codes = SMALL.size * (1 / 2 + 1 / 16) + 4 * 4096 + 4 * SMALL.size // 4096
+    assert moved["nf4 product, 1 row"] == of_codes
     assert all(row["tflop_s"] > 0 for row in record["products"])
     assert len(record["products"]) >= 4
     assert "an op (rms_norm)" in record["launches"]

@@ -64,6 +64,24 @@ def test_the_table_of_speed_is_that_of_the_committed_records():
     assert bench_summary(steps, memory) in README
 
 
+def test_what_it_says_of_the_speed_of_the_real_model_and_of_codes_is_in_the_records():
+    def rows(name):
+        record = json.loads((ROOT / "figures" / f"bench_{name}.json").read_text())
+        return [row for case in record["cases"] for row in case["rows"] if row["passed"]]
+
+    def only(name, key):
+        return next(row[key] for row in rows(name) if row["contender"] != "minilora")
+
+    step, memory = only("step_smollm2", "ratio"), only("memory_smollm2", "bytes_ratio")
+    flat = " ".join(README.split())
+    assert f"takes {step:.2f} of the time of torch and PEFT at {memory:.2f} of their memory" in flat
+    faster = 1 / only("generate_smollm2", "ratio")
+    assert f"{faster:.1f} times as fast as torch eager" in flat
+    codes = [row["ratio"] for row in rows("quantize") if row["contender"] == "bnb"]
+    assert len(codes) == 4
+    assert f"in {min(codes):.2f} to {max(codes):.2f} of bitsandbytes' time" in flat
+
+
 def test_what_it_says_of_forgetting_is_in_the_record():
     record = json.loads((ROOT / "figures" / "forgetting.json").read_text())
     assert record["config"]["seeds"] >= 3

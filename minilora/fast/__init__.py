@@ -6,6 +6,7 @@ from . import (  # noqa: F401
     cpu_optim,
     cpu_quant,
     cuda_attention,
+    cuda_coded,
     cuda_embedding,
     cuda_linear,
     cuda_loss,

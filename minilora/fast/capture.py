@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph: what Python launched once, the card launches by itself."""
+"""A step as one CUDA graph: what Python launched once, the card launches by itself."""
 
 import warnings
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import numpy as np
 from ..engine.backend import xp_of
 from ..engine.errors import MiniloraError
 
-WARM = 2  # eager steps of a shape before it is captured: kernels compile, libraries load
+WARM = 2  # eager runs of a function before it is captured: kernels compile, libraries load
 
 
 class Graph:
@@ -43,6 +43,46 @@ def ended(stream: Any) -> None:
     """End a capture that went wrong; CUDA says so once more."""
     with suppress(RuntimeError):
         stream.end_capture()
+
+
+def captures(xp: ModuleType) -> bool:
+    """Can this library of arrays capture at all?"""
+    return hasattr(getattr(getattr(xp, "cuda", None), "Stream", None), "begin_capture")
+
+
+def replayed(xp: ModuleType, function: Callable[[], Any]) -> Callable[[], Any]:
+    """`function`, as one launch from its third run on; itself where nothing can be captured.
+
+        generate(model, prompts, 100, replay=replayed)
+
+    What changes between two runs, it must read and write in place.
+    """
+    return Replayed(xp, function) if captures(xp) else function
+
+
+class Replayed:
+    """A function that works in place, run eagerly WARM times and then from its graph.
+
+    A call returns what the function returned, which a later call may overwrite.  A function
+    that a capture refuses warns and stays eager; `eager` says why.
+    """
+
+    def __init__(self, xp: ModuleType, function: Callable[[], Any]):
+        self.xp, self.function = xp, function
+        self.runs, self.graph, self.eager = 0, None, None
+
+    def __call__(self) -> Any:
+        if self.graph is None and self.eager is None and self.runs == WARM:
+            try:
+                self.graph = Graph(self.xp, self.function)
+            except (RuntimeError, MiniloraError) as error:
+                self.eager = str(error)
+                warnings.warn(f"a step was not captured and stays eager: {error}", stacklevel=3)
+        self.runs += 1
+        if self.graph is None:
+            return self.function()
+        self.graph.launch()
+        return self.graph.value
 
 
 class CapturedStep:

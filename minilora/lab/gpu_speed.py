@@ -10,15 +10,18 @@ import numpy as np
 
 from ..engine.attention import attention, rope
 from ..engine.check import gradients
-from ..engine.fused import embedding, gelu, layer_norm, rms_norm, swiglu
+from ..engine.fused import embedding, frozen_linear, gelu, layer_norm, rms_norm, swiglu
 from ..engine.loss import cross_entropy
 from ..fast.capture import CapturedStep, Graph
 from ..fast.cublas import cublas
 from ..fast.cuda_norms import kernels as norm_kernels
+from ..model.module import to_device
 from ..optim.adamw import AdamW, adamw_update
 from ..optim.flat import measure
-from ..quant.blockwise import quantize_array
+from ..quant.blockwise import QuantizedArray, quantize_array
+from ..quant.codes import code
 from ..quant.double import double_quantize
+from ..quant.linear import QuantizedLinear
 
 WIDTH, VOCAB = 1024, 50257
 HIDDEN = ("get", "item", "tolist", "__float__", "__int__", "__bool__", "__complex__", "__index__")
@@ -82,10 +85,31 @@ def kernels_of(cupy: Any, size: int) -> Iterator[tuple[str, float, Callable]]:
     yield "nf4 dequantize", 4 * n + plain.nbytes, lambda: plain.dense(y)
     double = double_quantize(plain)
     yield "nf4 dequantize, double", 4 * n + double.nbytes, lambda: double.dense(y)
+    yield from coded_products(cupy, size, rng)
     rows = max(1, n // VOCAB)
     logits = cupy.zeros((rows, VOCAB), cupy.float32)
     targets = cupy.asarray(rng.integers(0, VOCAB, rows))
     yield "cross_entropy", 4 * rows * VOCAB, lambda: cross_entropy(logits, targets=targets)
+
+
+def coded_products(
+    cupy: Any, size: int, rng: np.random.Generator
+) -> Iterator[tuple[str, float, Callable]]:
+    """As `kernels_of`: a few rows against NF4 codes of size/2 bytes, more than a cache holds."""
+    shape = (max(1, size // (4 * WIDTH)), 4 * WIDTH)
+    packed = cupy.empty((shape[0], 2 * WIDTH), cupy.uint8)
+    packed[...] = cupy.asarray(rng.integers(0, 256, 2 * WIDTH, np.uint8))
+    scales = cupy.full(shape[0] * WIDTH // 16, 0.5, cupy.float32)
+    nf4 = to_device(code("nf4"), "cuda")
+    plain = QuantizedArray(packed.reshape(-1), scales, nf4, shape, 64, np.dtype(np.float32))
+    for name, weight, rows in (
+        ("1 row", plain, 1),
+        ("1 row, double", double_quantize(plain), 1),
+        ("8 rows", plain, 8),
+    ):
+        x = cupy.asarray(rng.standard_normal((rows, shape[1]), np.float32))
+        call = partial(frozen_linear, x, base=QuantizedLinear(weight))
+        yield f"nf4 product, {name}", weight.nbytes + x.nbytes + 4 * rows * shape[0], call
 
 
 def shifted(w: Any, x: Any) -> Any:

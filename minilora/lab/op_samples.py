@@ -9,6 +9,9 @@ import numpy as np
 from ..engine import attention, fused, loss, ops, tensor
 from ..engine.tensor import Op
 from ..model.layers import Linear
+from ..quant.blockwise import quantize_array
+from ..quant.double import double_quantize
+from ..quant.linear import QuantizedLinear
 
 Rng = np.random.Generator
 
@@ -50,6 +53,20 @@ def frozen_base(d_out: int, d_in: int) -> Callable[[Rng], dict[str, Any]]:
     return draw
 
 
+def coded_base(d_out: int, d_in: int) -> Callable[[Rng], dict[str, Any]]:
+    """The same in NF4 with double quantization."""
+
+    def draw(rng: Rng) -> dict[str, Any]:
+        weight = quantize_array(rng.standard_normal((d_out, d_in)).astype(np.float32))
+        return {
+            "base": QuantizedLinear(
+                double_quantize(weight), tensor.Tensor(rng.standard_normal(d_out))
+            )
+        }
+
+    return draw
+
+
 def fixed(**options: Any) -> Callable[[Rng], dict[str, Any]]:
     return lambda rng: options
 
@@ -87,6 +104,7 @@ SAMPLES = (
     Sample(ops.logsumexp, (X,)),
     Sample(fused.linear, (X, (40, 48), (40,))),
     Sample(fused.frozen_linear, (X,), frozen_base(40, 48)),
+    Sample(fused.frozen_linear, ((2, 3, 64),), coded_base(37, 64)),
     Sample(
         fused.lora_linear,
         (X, (4, 48), (40, 4)),

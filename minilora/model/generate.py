@@ -1,6 +1,6 @@
 """Text from a model, one token at a time: the likeliest, or one drawn."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ def generate(
     top_p: float | None = None,
     stop: Sequence[int] = (),
     seeds: int | Sequence[int] = 0,
+    replay: Callable | None = None,
 ) -> list[list[int]]:
     """Continue each prompt by up to `new_tokens` tokens; prompts may differ in length.
 
@@ -33,6 +34,8 @@ def generate(
     that who else is in the batch makes no difference to what is drawn.
 
     The model is frozen first, so no graph is built; the cache lives as long as this call.
+    `replay` may make a step fast, as `fast.capture.replayed` does on a card: given the array
+    library and a function that works in place, it gives one that does the same.
     Errors: `MiniloraError` for an empty prompt or an option out of range, `NumericsError`
     for an id outside the vocabulary or logits that are not finite.
     """
@@ -45,6 +48,7 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         seeds=seeds,
+        replay=replay,
     )
     made: list[Any] = []
     running = np.ones(len(prompts), bool)
@@ -69,6 +73,7 @@ def each_token(
     top_k: int | None = None,
     top_p: float | None = None,
     seeds: int | Sequence[int] = 0,
+    replay: Callable | None = None,
 ) -> Iterator[Any]:
     """The tokens of `generate` one step at a time: (N,) on the model's device, stops included.
 
@@ -87,33 +92,46 @@ def each_token(
         row[: len(prompt)] = prompt
     expect_ids("generate", ids, model.config.vocab)
 
-    cache = KVCache(model, len(lengths), max(lengths) + new_tokens)
+    length = max(lengths) + new_tokens
+    cache = KVCache(model, len(lengths), length)
     cache.reach(max(lengths))
     # A row's padding sits at positions that its own tokens overwrite before they are seen.
     positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
-    last = to_device(np.asarray(lengths) - 1, device)
+    last = to_device(np.asarray(lengths) - 1, device)  # position of each row's newest token
     rows = xp.arange(len(lengths))
     x = model.hidden(to_device(ids, device), positions=to_device(positions, device), cache=cache)
     x = x[rows, last]  # (N, C)
-    sound = xp.ones(len(lengths), bool)
-    for step in range(new_tokens):
-        logits = wide(model.head(x).data)  # (N, V)
+    token, sound = xp.zeros(len(lengths), np.int64), xp.ones(len(lengths), bool)
+
+    def choose(x: Tensor) -> Any:
+        """Logits (N, V); at temperature 0 the likeliest is written into `token`."""
+        logits = wide(model.head(x).data)
         if temperature == 0:
-            token = logits.argmax(axis=-1)
-            sound = sound & xp.isfinite(logits[rows, token])
-            if xp is np:  # on a device one look, after the last token
-                expect_sound(sound)
-        else:
+            token[...] = logits.argmax(axis=-1)
+            sound[...] = sound & xp.isfinite(logits[rows, token])
+        return logits
+
+    def step() -> Any:
+        """One token more in each row.  All that changes from step to step is written in place."""
+        last[...] += 1
+        return choose(model.hidden(token[:, None], positions=last[:, None], cache=cache)[:, 0])
+
+    advance = step if replay is None else replay(xp, step)
+    for made in range(new_tokens):
+        if made == 0:
+            logits = choose(x)
+        else:  # what was recorded has one shape for all positions: it sees the cache whole
+            cache.reach(max(lengths) + made if advance is step else length)
+            logits = advance()
+        if temperature > 0:
             drawn = [
                 draw(z, stream.random(), temperature, top_k, top_p)
                 for z, stream in zip(to_numpy(logits), streams, strict=True)
             ]
-            token = to_device(np.asarray(drawn), device)
-        yield token
-        if step + 1 < new_tokens:
-            last = last + 1
-            cache.reach(max(lengths) + step + 1)
-            x = model.hidden(token[:, None], positions=last[:, None], cache=cache)[:, 0]
+            token[...] = to_device(np.asarray(drawn), device)
+        elif xp is np:  # on a device one look, after the last token
+            expect_sound(sound)
+        yield token.copy()
     expect_sound(to_numpy(sound))
 
 
