@@ -44,6 +44,13 @@ def is_array(value: Any) -> bool:
     return library_of(type(value)) is not None
 
 
+def as_array(value: Any) -> Any:
+    """An array as it is, a NumPy number with its dtype, anything else in float32."""
+    if not is_array(value):
+        return np.asarray(value, dtype=np.float32)
+    return np.asarray(value) if isinstance(value, np.generic) else value
+
+
 def to_device(array: Any, device: str) -> Any:
     """`array` on `device` ("cpu" or "cuda"): the one door between host and card.
 

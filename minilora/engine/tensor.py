@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .backend import is_array, to_numpy, xp_of
+from .backend import as_array, is_array, to_numpy, xp_of
 from .bf16 import BF16
 from .errors import MiniloraError
 from .graph import Node, pull, shared, together
@@ -34,10 +34,7 @@ class Tensor:
 
     def __init__(self, data: Any, node: Node | None = None, slot: int = 0):
         if type(data) is not np.ndarray:
-            if not is_array(data):
-                data = np.asarray(data, dtype=np.float32)
-            elif isinstance(data, np.generic):
-                data = np.asarray(data)
+            data = as_array(data)
         if data.dtype.kind not in "fc":
             expect_float(type(self).__name__, data)
         self.data, self.node, self.slot = data, node, slot
