@@ -213,7 +213,8 @@ def run_book(args: argparse.Namespace) -> int:
 
 def run_gpu_check(args: argparse.Namespace) -> int:
     from .files.atomic import replace_file
-    from .lab.gpu_check import GpuCheckConfig, gpu_check, gpu_report
+    from .lab.gpu_check import GpuCheckConfig, gpu_check
+    from .lab.gpu_report import gpu_report
 
     record = gpu_check(GpuCheckConfig(seed=args.seed))
     print(gpu_report(record))

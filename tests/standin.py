@@ -122,6 +122,16 @@ null_stream = Stream(null=True)
 get_current_stream = lambda: null_stream
 
 
+def set_limit(size: int = 0) -> None:
+    """The pool's limit is the budget; 0 lifts it."""
+    stats.budget = size or None
+
+
+pool = SimpleNamespace(  # which keeps nothing back
+    set_limit=set_limit, total_bytes=lambda: stats.used, free_all_blocks=lambda: None
+)
+
+
 def alloc_pinned_memory(nbytes: int) -> bytearray:
     """Host memory with whatever was there."""
     return bytearray(b"\xff" * nbytes)
@@ -433,6 +443,7 @@ def build() -> ModuleType:
     device = SimpleNamespace(id=0, synchronize=partial(wait, "synchronize"))
     cuda = SimpleNamespace(
         Device=lambda number=0: device, get_current_stream=get_current_stream, Stream=Stream,
+        set_allocator=lambda malloc: None,
         alloc_pinned_memory=alloc_pinned_memory,
         memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
         runtime=SimpleNamespace(getDeviceCount=lambda: 1, deviceSynchronize=device.synchronize),
@@ -442,6 +453,7 @@ def build() -> ModuleType:
         asarray=asarray, array=partial(asarray, copy=True), asnumpy=asnumpy, save=np.save,
         linalg=Library("cupy.linalg", np.linalg, NO_LINALG),
         random=SimpleNamespace(default_rng=default_rng), cuda=cuda,
+        get_default_memory_pool=lambda: pool,
     )  # fmt: skip
 
 

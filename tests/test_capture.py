@@ -106,6 +106,49 @@ def test_they_are_close_to_those_of_a_step_that_divides_at_the_end():
     np.testing.assert_allclose(losses, wanted, rtol=1e-4)
 
 
+def accumulated(step, count=7, parts=(30, 40), divide=lambda i: 10.0 + i):
+    """As `stepped`, each step in parts; the losses of all parts."""
+    losses = []
+    for i, batch in enumerate(batches(count, (sum(parts),))):
+        step.optimizer.set_lr(0.05 / (i + 1))
+        start = 0
+        for rows in parts:
+            part = {name: a[start : start + rows] for name, a in batch.items()}
+            start += rows
+            losses.append(float(step.run(part, divide(i), last=start == sum(parts))))
+    return losses, to_numpy(step.optimizer.flat.data).tobytes()
+
+
+@pytest.mark.parametrize("parts", [(35, 35), (30, 40), (20, 25, 25)])
+def test_a_step_in_parts_is_the_eager_step_and_close_to_the_whole_one(parts):
+    step = capture.CapturedStep(trainer(), squares, 0.05)
+    found = accumulated(step, parts=parts)
+    assert found == accumulated(uncaptured(trainer(), squares, 0.05), parts=parts)
+    assert len({graph.pool for graph in step.graphs.values()}) == 1
+    whole = capture.CapturedStep(trainer(), squares, 0.05)
+    stepped(whole)
+    np.testing.assert_allclose(
+        to_numpy(step.optimizer.flat.data), to_numpy(whole.optimizer.flat.data), rtol=1e-4,
+        atol=1e-6,
+    )  # fmt: skip
+
+
+def test_a_step_in_parts_is_one_launch_a_part(fake):
+    step = capture.CapturedStep(trainer(), squares)
+    given = [{name: a[:35] for name, a in batch.items()} for batch in batches(5)]
+    for batch in given[:3]:
+        for last in (False, True):
+            step.run(batch, 70, last=last)
+    with standin.no_sync():
+        standin.reset()
+        before = fake.launches
+        step.run(given[3], 70, last=False)
+        step.run(given[4], 70)
+        assert fake.launches == before + 2
+        assert (standin.stats.h2d, standin.stats.d2h, standin.stats.allocations) == (0, 0, 0)
+        assert standin.stats.launches == 8  # 1/divide_by, x, y, the graph, twice
+
+
 def test_a_step_is_one_launch_and_what_fills_its_buffers(fake):
     step = capture.CapturedStep(trainer(), squares)
     given = list(batches(5))
@@ -171,10 +214,16 @@ def test_what_a_capture_refuses_stays_eager_with_a_warning(loss):
 
 
 PLANTED = {
-    "the batch is not copied": ("fixed[name][...] = array", "pass"),
+    "the batch is not copied": ("fixed[name][...] = array",
+                                "fixed[name][...] = array if part.graph is None else fixed[name]"),
     "the divisor is part of the graph": ("value.backward(self.start.reshape(value.shape),",
                                          "value.backward(self.start * 0 + 1 / 11.0,"),
-    "the graph is not launched": ("        graph.launch()", "        pass"),
+    "every part makes a step": ("        if last:\n", "        if True:\n"),
+    "no part makes a step": ("        if last:\n", "        if False:\n"),
+    "the last part has the graph of the others": ("key = (last, *(", "key = (0, *("),
+    "another value is returned": ("self.value = function()",
+                                                 "self.value = function().copy() * 0"),
+    "the graph is not launched": ("        self.graph.launch()\n", "        pass\n"),
     "no end to the capture": ("self.graph = stream.end_capture()", "self.graph = None"),
 }  # fmt: skip
 
@@ -187,13 +236,17 @@ def test_planted_mistakes_are_caught(name, fake):
     wrong = ModuleType("minilora.fast.wrong")
     wrong.__package__ = "minilora.fast"
     exec(source.replace(old, new), vars(wrong))
-    wanted = stepped(uncaptured(trainer(), squares, 0.05))
+    wanted = (
+        stepped(uncaptured(trainer(), squares, 0.05)),
+        accumulated(uncaptured(trainer(), squares, 0.05), parts=(35, 35)),
+    )
     try:
         found = stepped(wrong.CapturedStep(trainer(), squares, 0.05))
+        in_parts = accumulated(wrong.CapturedStep(trainer(), squares, 0.05), parts=(35, 35))
     except (AttributeError, RuntimeError):
-        found = None
+        found = in_parts = None
     fake.steps = None
-    assert found != wanted
+    assert (found, in_parts) != wanted
 
 
 # --------------------------------------------------------------------------------- fit
@@ -227,13 +280,27 @@ def test_on_the_host_it_stays_eager_and_right():
     assert list(step.eager.values()) == ["numpy captures nothing"]
 
 
-def test_fit_with_another_loss_or_more_batches_a_step_is_refused():
+@pytest.mark.parametrize("batch, accumulate, graphs", [(70, 2, 2), (72, 3, 2), (70, 3, 3)])
+def test_fit_in_micro_batches(batch, accumulate, graphs):
+    """70 = 24 + 23 + 23: three graphs, of which one makes the step."""
+    options = {"batch": batch, "accumulate": accumulate}
+    step = capture.CapturedStep(trainer(), squares, 0.5)
+    captured = fitted(step, **options)
+    assert len(step.graphs) == graphs
+    assert sum(last for last, *_ in step.graphs) == 1
+    eager = uncaptured(trainer(), squares, 0.5)
+    assert captured == fitted(eager, **options)
+    assert to_numpy(step.optimizer.flat.data).tobytes() == to_numpy(
+        eager.optimizer.flat.data).tobytes()  # fmt: skip
+    np.testing.assert_allclose(captured, fitted(optimizer=trainer(), **options), rtol=1e-4)
+
+
+def test_fit_with_another_loss_or_more_shards_is_refused():
     step = capture.CapturedStep(trainer(), squares, 0.5)
     with pytest.raises(MiniloraError, match="optimizer, loss and clip"):
         fitted(step, clip=1.0)
-    for option in ("accumulate", "shards"):
-        with pytest.raises(MiniloraError, match="accumulate = shards = 1"):
-            fitted(step, **{option: 2})
+    with pytest.raises(MiniloraError, match="shards = 1"):
+        fitted(step, shards=2)
 
 
 # -------------------------------------------------------------------------- a transformer

@@ -18,15 +18,20 @@ class Graph:
     """What `function()` launches, recorded and not run; `launch()` runs it on the current stream.
 
     Results and temporaries live in a pool of their own, which stays alive with the graph: their
-    addresses are part of it.  `value` is what the function returned, overwritten by each launch.
+    addresses are part of it.  `beside` names a graph whose pool, and so whose memory for
+    temporaries, serves this one too: the two never run at the same time.
+    `value` is what the function returned, overwritten by each launch.
     Errors: those of CuPy, where the function waits, copies across the border, or calls a
     library that CuPy does not let into a capture.
     """
 
-    def __init__(self, xp: ModuleType, function: Callable[[], Any]):
-        self.xp, self.pool = xp, xp.cuda.MemoryPool()
-        stream = xp.cuda.Stream(non_blocking=True)
-        with xp.cuda.using_allocator(self.pool.malloc), stream:
+    def __init__(self, xp: ModuleType, function: Callable[[], Any], beside: "Graph | None" = None):
+        self.xp = xp
+        if beside is None:
+            self.pool, self.stream = xp.cuda.MemoryPool(), xp.cuda.Stream(non_blocking=True)
+        else:  # a pool gives back to a stream what that stream has freed
+            self.pool, self.stream = beside.pool, beside.stream
+        with xp.cuda.using_allocator(self.pool.malloc), self.stream as stream:
             stream.begin_capture()
             try:
                 self.value = function()
@@ -69,12 +74,13 @@ class Replayed:
 
     def __init__(self, xp: ModuleType, function: Callable[[], Any]):
         self.xp, self.function = xp, function
-        self.runs, self.graph, self.eager = 0, None, None
+        self.runs, self.graph = 0, None
+        self.eager = None if captures(xp) else f"{xp.__name__} captures nothing"
 
-    def __call__(self) -> Any:
+    def __call__(self, beside: Graph | None = None) -> Any:
         if self.graph is None and self.eager is None and self.runs == WARM:
             try:
-                self.graph = Graph(self.xp, self.function)
+                self.graph = Graph(self.xp, self.function, beside)
             except (RuntimeError, MiniloraError) as error:
                 self.eager = str(error)
                 warnings.warn(f"a step was not captured and stays eager: {error}", stacklevel=3)
@@ -98,63 +104,64 @@ class CapturedStep:
     stays eager, and so does every step where the arrays' library captures nothing; one that a
     capture refuses warns and stays eager.  `eager` says for which shapes, and why.
     Captured or not, the numbers are the same.
+
+    A batch too large for the memory goes in parts: `run(part, whole, last=False)` adds a
+    gradient, from a graph of its own, and the last part's graph makes the step too.
     """
 
     def __init__(self, optimizer: Any, loss: Callable, clip: float | None = None):
         self.optimizer, self.loss, self.clip = optimizer, loss, clip
-        self.xp = xp_of(optimizer.control)
+        self.xp, self.rng = xp_of(optimizer.control), np.random.default_rng(0)
         self.start = self.xp.ones((), optimizer.flat.data.dtype)  # 1/divide_by
-        self.seen: dict[tuple, int] = {}
-        self.graphs: dict[tuple, tuple[dict, Graph]] = {}  # by shape: its batch, and the graph
-        cuda = getattr(self.xp, "cuda", None)
-        self.captures = hasattr(getattr(cuda, "Stream", None), "begin_capture")
-        self.eager: dict[tuple, str] = {}
+        self.captures = captures(self.xp)  # set it to False for eager steps, to compare
+        self.parts: dict[tuple, tuple[dict, Replayed]] = {}  # by shape: its batch, and what runs
 
-    def run(self, batch: dict[str, Any], divide_by: float = 1, rng: Any = None) -> Any:
-        """One step on this batch; Σ loss, an array that the next step may overwrite."""
-        rng = np.random.default_rng(0) if rng is None else rng
-        shape = tuple((name, a.shape, a.dtype.str) for name, a in sorted(batch.items()))
+    @property
+    def graphs(self) -> dict[tuple, Graph]:
+        """The graphs there are, by whether they make the step, and by the shape of the batch."""
+        return {key: part.graph for key, (_, part) in self.parts.items() if part.graph}
+
+    @property
+    def eager(self) -> dict[tuple, str]:
+        """Why a shape will not be captured, for those that will not."""
+        return {key: part.eager for key, (_, part) in self.parts.items() if part.eager}
+
+    def run(
+        self, batch: dict[str, Any], divide_by: float = 1, rng: Any = None, last: bool = True
+    ) -> Any:
+        """One step on this batch; Σ loss, an array that the next run may overwrite.
+
+        With `last` False it only adds to the gradient; `divide_by` is that of the whole step.
+        """
+        self.rng = np.random.default_rng(0) if rng is None else rng
         self.start.fill(1 / divide_by)
-        if shape not in self.graphs and shape not in self.eager:
-            self.seen[shape] = self.seen.get(shape, 0) + 1
-            if self.seen[shape] > WARM:
-                self.capture(shape, batch)
-        if shape not in self.graphs:
-            before = rng.bit_generator.state
-            value = self.whole(batch, rng)
-            if rng.bit_generator.state != before:
-                self.eager[shape] = "the loss draws random numbers"
-            return value
-        fixed, graph = self.graphs[shape]
+        fixed, part = self.part(batch, last)
         for name, array in batch.items():
             fixed[name][...] = array
-        graph.launch()
-        return graph.value
+        before = self.rng.bit_generator.state
+        value = part(beside=next(iter(self.graphs.values()), None))
+        if self.rng.bit_generator.state != before:
+            part.graph, part.eager = None, "the loss draws random numbers"
+        return value
 
-    def whole(self, batch: dict[str, Any], rng: Any) -> Any:
+    def part(self, batch: dict[str, Any], last: bool) -> tuple[dict, Replayed]:
+        """For batches of this shape: the arrays they are copied to, and what runs on these."""
+        key = (last, *((name, a.shape, a.dtype.str) for name, a in sorted(batch.items())))
+        if key not in self.parts:
+            fixed = {name: self.xp.empty_like(array) for name, array in batch.items()}
+            part = Replayed(self.xp, lambda: self.whole(fixed, last))
+            if not self.captures:
+                part.eager = part.eager or "not asked for"
+            self.parts[key] = fixed, part
+        return self.parts[key]
+
+    def whole(self, batch: dict[str, Any], last: bool) -> Any:
         optimizer = self.optimizer
-        value = self.loss(optimizer.model, batch, rng)
+        value = self.loss(optimizer.model, batch, self.rng)
         value.backward(self.start.reshape(value.shape), into=optimizer.gradients)
-        optimizer.step(divide_by=1, clip=self.clip)
+        if last:
+            optimizer.step(divide_by=1, clip=self.clip)
         return value.data
-
-    def capture(self, shape: tuple, batch: dict[str, Any]) -> None:
-        if not self.captures:
-            self.eager[shape] = f"{self.xp.__name__} captures nothing"
-            return
-        fixed = {name: array.copy() for name, array in batch.items()}
-        rng = np.random.default_rng(0)
-        before = rng.bit_generator.state
-        try:
-            graph = Graph(self.xp, lambda: self.whole(fixed, rng))
-        except (RuntimeError, MiniloraError) as error:
-            self.eager[shape] = str(error)
-            warnings.warn(f"this step was not captured and stays eager: {error}", stacklevel=3)
-            return
-        if rng.bit_generator.state != before:
-            self.eager[shape] = "the loss draws random numbers"
-            return
-        self.graphs[shape] = fixed, graph
 
     def __call__(
         self, optimizer: Any, workers: Any, loss: Callable, train: Any, rows: Any,
@@ -163,11 +170,12 @@ class CapturedStep:
         """What `fit` asks of a step.  Errors: `MiniloraError` if it is not the one captured."""
         if (optimizer, loss, clip) != (self.optimizer, self.loss, self.clip):
             raise MiniloraError("CapturedStep: expected its own optimizer, loss and clip")
-        if accumulate != 1 or len(workers.buffers) != 1:
-            raise MiniloraError(
-                f"CapturedStep: expected accumulate = shards = 1, "
-                f"found {accumulate} and {len(workers.buffers)}"
-            )
-        batch, scored = train.take(rows, workers.device)
-        value = self.run(batch, max(1, scored), np.random.default_rng([*key, 0, 0]))
-        return value.copy(), scored  # the next launch overwrites what `run` gave
+        if len(workers.buffers) != 1:
+            raise MiniloraError(f"CapturedStep: expected shards = 1, found {len(workers.buffers)}")
+        total, scored = 0.0, int(train.scored[rows].sum())
+        micro = [part for part in np.array_split(rows, accumulate) if len(part)]
+        for i, part in enumerate(micro):
+            batch, _ = train.take(part, workers.device)
+            rng = np.random.default_rng([*key, 0, i])
+            total = total + self.run(batch, max(1, scored), rng, last=i == len(micro) - 1)
+        return total, scored

@@ -47,6 +47,9 @@ class Contender:
         """What the last step gave, for the gate: it must be what the others get."""
         return [self.losses[-1]]
 
+    def taken(self) -> int | None:
+        """Bytes of a card's memory that the process had at most; None on the host."""
+
     def close(self) -> None: ...
 
     def products(self) -> tuple[Callable[[], Any], int]:

@@ -34,12 +34,13 @@ class Attention(nn.Module):
         else:
             self.query, self.key, self.value = (nn.Linear(C, n, bias=b) for n in self.sizes)
         self.output = nn.Linear(C, C, bias=b)
-        self.turns = None
-        if config.rope_theta is not None:
+        self.turned = config.rope_theta is not None
+        if self.turned:
             rate = config.rope_theta ** (torch.arange(D // 2, dtype=torch.float64) * (-2 / D))
             angle = torch.arange(config.context)[:, None] * rate
             angle = torch.cat([angle, angle], -1)
-            self.turns = angle.cos().float(), angle.sin().float()  # (T, D) each
+            self.register_buffer("cos", angle.cos().float(), persistent=False)  # (T, D)
+            self.register_buffer("sin", angle.sin().float(), persistent=False)
 
     def forward(self, x: Any, cache: list | None = None) -> Any:
         N, T, C = x.shape
@@ -48,9 +49,9 @@ class Attention(nn.Module):
         else:
             parts = self.query(x), self.key(x), self.value(x)
         q, k, v = (part.view(N, T, -1, self.D).transpose(1, 2) for part in parts)
-        if self.turns is not None:
+        if self.turned:
             past = cache[0].shape[2] if cache else 0
-            cos, sin = (turn[past : past + T] for turn in self.turns)
+            cos, sin = (turn[past : past + T] for turn in (self.cos, self.sin))
             q, k = (a * cos + half_turned(a) * sin for a in (q, k))
         if cache is not None:
             if cache:

@@ -93,6 +93,7 @@ class Job:
     lr: float = LR
     micro: int | None = None  # sequences of a micro-batch in a shard; None: all at once
     new_tokens: int = 32  # generation: prompts of T - new_tokens tokens
+    device: str = "cpu"  # where torch's steps run; "cuda" for the check of a card
 
     def __post_init__(self) -> None:
         for name, known in (("kind", KINDS), ("mode", MODES)):

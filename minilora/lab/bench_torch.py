@@ -29,6 +29,9 @@ class Theirs(Contender):
         self.kind = job.contender if job.contender in ("hf", "bnb") else "plain"
         gelu = "none" if job.contender == "erf" else "tanh"
         self.model = build(self.config, self.start, self.kind, self.adapters, job.rank, ALPHA, gelu)
+        if job.device == "cuda" and not torch.cuda.is_available():
+            raise MiniloraError("torch finds no CUDA device")
+        self.model.to(job.device)
 
     def optimizer(self) -> Any:
         """Fused AdamW; matrices decay, norms and biases do not."""
@@ -48,6 +51,9 @@ class Theirs(Contender):
                 f"found {torch.get_num_threads()}"
             )
 
+    def taken(self) -> int | None:
+        return torch.cuda.max_memory_reserved() if self.job.device == "cuda" else None
+
     def products(self) -> tuple[Callable[[], Any], int]:
         a, b, out = torch.ones(1024, 512), torch.ones(512, 1024), torch.empty(1024, 1024)
         return lambda: torch.mm(a, b, out=out), 1
@@ -60,7 +66,9 @@ class TheirStep(Theirs):
         super().build()
         self.model.train(self.kind != "hf")  # Hugging Face's GPT-2 drops out in training
         arrays = self.data.arrays
-        self.ids, self.targets = (torch.from_numpy(arrays[n]) for n in ("ids", "targets"))
+        self.ids, self.targets = (
+            torch.from_numpy(arrays[n]).to(self.job.device) for n in ("ids", "targets")
+        )
         self.adamw = self.optimizer()
         self.loss = (
             torch.compile(self.mean_loss) if self.job.contender == "compile" else self.mean_loss

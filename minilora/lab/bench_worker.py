@@ -128,8 +128,9 @@ class Answering:
         return {"wall": wall, "cpu": cpu, "others": load.others(), "values": values}
 
     def memory(self) -> dict[str, Any]:
-        """Peak bytes since the data were drawn."""
-        return {"bytes": self.peak.bytes()}
+        """Peak bytes since the data were drawn; those of a card where the steps run on one."""
+        taken = self.contender.taken()
+        return {"bytes": self.peak.bytes() if taken is None else taken}
 
     def ceiling(self) -> dict[str, Any]:
         return {"gflops": sgemm_ceiling(*self.contender.products())}

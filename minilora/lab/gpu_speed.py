@@ -12,7 +12,7 @@ from ..engine.attention import attention, rope
 from ..engine.check import gradients
 from ..engine.fused import embedding, frozen_linear, gelu, layer_norm, rms_norm, swiglu
 from ..engine.loss import cross_entropy
-from ..fast.capture import CapturedStep, Graph
+from ..fast.capture import CapturedStep, Graph, captures
 from ..fast.cublas import cublas
 from ..fast.cuda_norms import kernels as norm_kernels
 from ..model.module import to_device
@@ -176,7 +176,7 @@ def launch_costs(cupy: Any, count: int) -> dict[str, float]:
     if (launch := norm_kernels.on(cupy)) is not None:
         forward = partial(launch, "norm_forward<float, false>", 4, 32, y, inverse, None, x, w, None)
         calls["a kernel"] = lambda: forward(64, 1e-5)
-        if hasattr(cupy.cuda, "Stream"):
+        if captures(cupy):
             calls["a kernel"]()
             graph = Graph(cupy, lambda: [forward(64, 1e-5) for _ in range(20)])
             calls["a graph of 20 kernels"] = graph.launch
@@ -279,7 +279,7 @@ def step_times(cupy: Any, make: Callable[[], Any], shape: tuple[int, int], round
             times.append(1e3 * (time.perf_counter() - began))
         entry |= {f"{way}_ms": sorted(times)[rounds // 2], f"{way}_least_ms": min(times)}
         if step.graphs:
-            pool = next(iter(step.graphs.values()))[1].pool
+            pool = next(iter(step.graphs.values())).pool
             entry["graph_bytes"] = int(getattr(pool, "total_bytes", lambda: 0)())
     entry["same_bits"] = ends[0] == ends[1] if len(ends) == 2 else None
     pool = getattr(cupy, "get_default_memory_pool", None)

@@ -153,7 +153,9 @@ def installed(cupy, library=None) -> Iterator[Tape]:
             patch.setattr(library, "run", gemm)
         for name, value in {
             "Stream": Stream,
-            "MemoryPool": type("MemoryPool", (), {"malloc": lambda self, size: None}),
+            "MemoryPool": type(
+                "MemoryPool", (), {"malloc": lambda self, size: None, "total_bytes": lambda self: 0}
+            ),
             "using_allocator": lambda malloc: nullcontext(),
             "get_current_stream": lambda: tape.stream or null,
         }.items():
