@@ -43,7 +43,7 @@ def graphs(cupy, kernels):  # noqa: F811
 
 
 def test_without_torch_the_race_says_so_and_the_check_passes(cupy, monkeypatch):
-    monkeypatch.setattr(gpu_race, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu_race, "installed", lambda name: False)
     record = gpu_check.gpu_check(replace(SMALL, race=TINY, rank=4))
     assert record["passed"], gpu_report(record)
     missing = "torch, peft, transformers not installed"
@@ -52,7 +52,7 @@ def test_without_torch_the_race_says_so_and_the_check_passes(cupy, monkeypatch):
 
 
 def test_torch_has_so_much_time_and_no_more(monkeypatch):
-    monkeypatch.setattr(gpu_race, "find_spec", lambda name: name)
+    monkeypatch.setattr(gpu_race, "installed", lambda name: True)
     for limit, left in ((0.1, 9.0), (9.0, 0.1)):
         row = gpu_race.torch_step(Job("torch", TINY, device="cuda"), 1, limit, lambda n=left: n)
         assert row == {"not run": "not done within 0 s"}
@@ -83,6 +83,8 @@ def test_the_race_in_print():
     table = gpu_race.race_rows(rows)
     assert table[1] == ["minilora, captured", "3.00", "0.75", "2000", "0.25", "1.00000"]
     assert table[3][-1] == "not run: no time"
+    rows[0]["why_eager"] = "a wait"
+    assert gpu_race.race_rows(rows)[1][0] == "minilora, captured, eager: a wait"
     assert gpu_race.race_rows(rows[:1])[1][2] == "-"
 
 
@@ -98,6 +100,7 @@ def test_other_tokens_fail_the_check(cupy, monkeypatch):
     record = gpu_check.gpu_check(SMALL)
     assert not any(row["same_tokens"] for row in record["decoding"])
     assert not record["passed"]
+    assert [row["why_eager"] for row in record["decoding"]][1::2] == ["cupy captures nothing"] * 2
     assert ["the same tokens captured", "yes", "no", "no"] in goals(record)
 
 
@@ -218,7 +221,7 @@ def test_a_worker_that_cannot_says_why(monkeypatch):
     def refuse(self):
         raise MiniloraError("no triton")
 
-    monkeypatch.setattr(gpu_race, "find_spec", lambda name: name)
+    monkeypatch.setattr(gpu_race, "installed", lambda name: True)
     monkeypatch.setattr(gpu_race.Worker, "prepare", refuse)
     row = gpu_race.torch_step(Job("compile", TINY, device="cuda"), 1, 60)
     assert row == {"not run": "no triton"}
@@ -246,6 +249,19 @@ def test_tokens_a_second(cupy, graphs):
         "float32, eager", "float32, captured", "NF4, eager", "NF4, captured",
     ]  # fmt: skip
     assert all(row["same_tokens"] and row["tokens_s"] > 0 for row in rows)
+    assert [row["why_eager"] for row in rows] == [None] * 4
+    assert (
+        len(
+            {
+                r
+                for row in gpu_decode.timed(
+                    cupy, gpu_decode.drawn_model(cupy, WRITER.model), [[1], [2]], 8, None
+                )[0]
+                for r in row
+            }
+        )
+        > 3
+    )
     C, inner, V = 32, 64, 29
     linears = C * (2 * C + C + 3 * inner)  # q, o; k and v of half the heads
     assert rows[0]["bytes"] == 4 * (linears + 3 * C + V * C)

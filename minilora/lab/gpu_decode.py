@@ -21,23 +21,30 @@ def decode_speeds(cupy: Any, shape: Shape, new_tokens: int) -> list[dict[str, An
 
     Each row: tokens a second of one sequence, counted when a recording has been made; the bytes
     of the weights that a token needs, and how fast that reads them; whether eager and recorded
-    tokens are the same.
+    tokens are the same; why nothing was recorded, where that is so.
     """
     model = drawn_model(cupy, shape.model)
     rng = np.random.default_rng(1)
     prompts = rng.integers(0, shape.vocab, (shape.batch, shape.time - READY - new_tokens)).tolist()
-    rows = []
+    rows, made = [], []
+
+    def recorded(xp: Any, step: Any) -> Any:
+        made.append(replayed(xp, step))
+        return made[-1]
+
     for name, tree in (("float32", model), ("NF4", quantize(model))):
         found = {
             way: timed(cupy, tree, prompts, new_tokens, replay)
-            for way, replay in (("eager", None), ("captured", replayed))
+            for way, replay in (("eager", None), ("captured", recorded))
         }
         size = weight_bytes(tree)
         same = found["eager"][0] == found["captured"][0]
+        why = getattr(made[-1], "eager", f"{cupy.__name__} captures nothing")
         for way, (_, rate) in found.items():
             rows.append({
                 "decoding": f"{name}, {way}", "tokens_s": rate, "bytes": size,
                 "gb_s": rate * size / 1e9, "same_tokens": same,
+                "why_eager": why if way == "captured" else None,
             })  # fmt: skip
     return rows
 

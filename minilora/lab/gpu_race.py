@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
+from importlib import util
 from typing import Any
 
 import numpy as np
@@ -85,7 +85,7 @@ def torch_step(
 ) -> dict[str, Any]:
     """Steps of torch in another process, which has `limit` seconds for all of it, or less."""
     limit = min(limit, left())
-    missing = [name for name in PEERS if find_spec(name) is None]
+    missing = [name for name in PEERS if not installed(name)]
     if missing:
         return {"not run": f"{', '.join(missing)} not installed"}
     began = time.monotonic()
@@ -106,6 +106,10 @@ def torch_step(
     return {"ms": times[rounds // 2], "loss": loss, "bytes": taken, "versions": versions}
 
 
+def installed(name: str) -> bool:
+    return util.find_spec(name) is not None
+
+
 def race_rows(rows: list[dict[str, Any]]) -> list[list[str]]:
     """For a table: milliseconds, bytes, and both as shares of torch's eager step."""
     base = next((r for r in rows if r["step"] == "torch + PEFT, eager" and "ms" in r), None)
@@ -115,7 +119,8 @@ def race_rows(rows: list[dict[str, Any]]) -> list[list[str]]:
             table.append([row["step"], "-", "-", "-", "-", f"not run: {row['not run']}"])
             continue
         shares = [f"{row[k] / base[k]:.2f}" if base else "-" for k in ("ms", "bytes")]
-        table.append([row["step"], f"{row['ms']:.2f}", shares[0], f"{row['bytes'] / 1e6:.0f}",
+        why = f", eager: {row['why_eager']}" if row.get("why_eager") else ""
+        table.append([row["step"] + why, f"{row['ms']:.2f}", shares[0], f"{row['bytes'] / 1e6:.0f}",
                       shares[1], f"{row['loss']:.5f}"])  # fmt: skip
     return table
 

@@ -59,9 +59,10 @@ def speeds(record: dict[str, Any]) -> list[str]:
     products = [["float32", "ms", "TFLOP/s"]]
     products += [[r["product"], number(r, "ms", 3), number(r, "tflop_s", 1)]
                  for r in record["products"]]  # fmt: skip
-    decoding = [["decoding", "tokens/s", "GB/s of weights", "same tokens"]]
+    decoding = [["decoding", "tokens/s", "GB/s of weights", "same tokens", "why eager"]]
     decoding += [[r["decoding"], number(r, "tokens_s", 1), number(r, "gb_s", 0),
-                  str(r["same_tokens"])] for r in record["decoding"]]  # fmt: skip
+                  str(r["same_tokens"]), r["why_eager"] or ""]
+                 for r in record["decoding"]]  # fmt: skip
     parts = steps, launches, kernels, products, decoding, race_rows(record["race"])
     return [table(rows) for rows in parts if len(rows) > 1]
 
