@@ -1,6 +1,7 @@
 """The kernels over bfloat16, run on a CPU: float32 math, rounded once, against float64."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -215,6 +216,15 @@ def test_attention_reads_packed_heads_where_they_lie():
 
     x = drawn(2, 70, 8, 1, 16)[0].reshape(2, 70, -1)
     agrees(layer, [x], half=(0,), expect=BACK | {"attention_forward_mma"})
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_an_older_card_is_given_float32(monkeypatch):
+    cuda, device = sys.modules["cupy"].cuda, sys.modules["cupy"].cuda.Device()
+    old = SimpleNamespace(**vars(device) | {"compute_capability": "75"})
+    monkeypatch.setattr(cuda, "Device", lambda: old)
+    agrees(attention.attention, drawn(1, 20, 2, 1, 16), half=(0, 1, 2),
+           expect={"converted", "attention_forward", "attention_backward_q"})  # fmt: skip
 
 
 @pytest.mark.parametrize("T, S", [(1, 300), (3, 140), (20, 90)])

@@ -59,6 +59,11 @@ def backward_rows(E: str, width: int) -> int:
     return 32 if E == "float" and width > 64 else 64
 
 
+def multiplies_bf16(xp: ModuleType) -> bool:
+    """Has the card tensor cores for bfloat16?  From compute capability 8.0 on."""
+    return int(getattr(xp.cuda.Device(), "compute_capability", 80)) >= 80
+
+
 @cache
 def fits(compiler: Any, E: str, width: int, way: str) -> bool:
     """Can a block have its shared memory on this card?  More than 48 KiB must be asked for."""
@@ -105,6 +110,8 @@ def flash(xp, q, k, v, wants, positions=None):
     N, T, H, D = q.shape
     S, K = k.shape[1:3]
     E, width, scale = storage(q), -(-D // 32) * 32, 1 / math.sqrt(D)
+    if E == "bf16" and not multiplies_bf16(xp):
+        return NotImplemented
     launch = tiled[E, width].on(xp)
     way = "forward" if positions is None else "cached"
     needed = (way, "backward_q", "backward_kv") if any(wants) else (way,)
