@@ -133,7 +133,7 @@ def stack_height(n: int, d: int, r: int) -> int:
     OpenBLAS multiplies up to 10^6 terms without packing its arguments into buffers first, and
     packing an (n, d) matrix takes as long as its product with eight columns.
     """
-    height = 1 << max(0, int(800_000 / (d * r)).bit_length() - 1)
+    height = 1 << max(0, (800_000 // max(1, d * r)).bit_length() - 1)
     return height if 32 <= height < n else 0
 
 
