@@ -3,15 +3,14 @@
 With `--device cuda` the same tests run cuBLAS itself.
 """
 
-import inspect
 import sys
 from ctypes import ArgumentError
-from types import ModuleType
 
 import numpy as np
 import pytest
 import standin
 from cuda_cpu import fakeblas
+from cuda_cpu.checks import with_a_mistake
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -187,16 +186,6 @@ PLANTED = {
 }  # fmt: skip
 
 
-def with_a_mistake(old, new):
-    """The binding's module, edited."""
-    source = inspect.getsource(cublas)
-    assert source.count(old) == 1
-    wrong = ModuleType("minilora.fast.wrong")
-    wrong.__package__ = "minilora.fast"
-    exec(source.replace(old, new), vars(wrong))
-    return wrong
-
-
 PLANTED_IN_BFLOAT16 = {
     "the result's type": ("at_out, made", "at_out, kind"),
     "the type's number": ("BFLOAT16: 14", "BFLOAT16: 2"),
@@ -208,7 +197,7 @@ PLANTED_IN_BFLOAT16 = {
 @pytest.mark.usefixtures("fake")
 @pytest.mark.parametrize("name", PLANTED_IN_BFLOAT16)
 def test_planted_mistakes_in_bfloat16_are_caught(name):
-    wrong, caught = with_a_mistake(*PLANTED_IN_BFLOAT16[name]), 0
+    wrong, caught = with_a_mistake(cublas, *PLANTED_IN_BFLOAT16[name]), 0
     for ta, tb in np.ndindex(2, 2):
         try:
             binding = wrong.Cublas(sys.modules["cupy"], fakeblas.Library())
@@ -222,7 +211,7 @@ def test_planted_mistakes_in_bfloat16_are_caught(name):
 @pytest.mark.usefixtures("fake")
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_mistakes_are_caught(name):
-    wrong = with_a_mistake(*PLANTED[name])
+    wrong = with_a_mistake(cublas, *PLANTED[name])
     cupy = sys.modules["cupy"]
     caught = 0
     for ta, tb, beta in np.ndindex(2, 2, 2):

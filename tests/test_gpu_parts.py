@@ -43,7 +43,7 @@ def graphs(cupy, kernels):  # noqa: F811
 
 
 def test_without_torch_the_race_says_so_and_the_check_passes(cupy, monkeypatch):
-    monkeypatch.setattr(gpu_race, "installed", lambda name: False)
+    monkeypatch.setattr(gpu_race, "missing", list)
     record = gpu_check.gpu_check(replace(SMALL, race=TINY, rank=4))
     assert record["passed"], gpu_report(record)
     missing = "torch, peft, transformers not installed"
@@ -52,7 +52,7 @@ def test_without_torch_the_race_says_so_and_the_check_passes(cupy, monkeypatch):
 
 
 def test_torch_has_so_much_time_and_no_more(monkeypatch):
-    monkeypatch.setattr(gpu_race, "installed", lambda name: True)
+    monkeypatch.setattr(gpu_race, "missing", lambda names: [])
     for limit, left in ((0.1, 9.0), (9.0, 0.1)):
         row = gpu_race.torch_step(Job("torch", TINY, device="cuda"), 1, limit, lambda n=left: n)
         assert row == {"not run": "not done within 0 s"}
@@ -221,7 +221,7 @@ def test_a_worker_that_cannot_says_why(monkeypatch):
     def refuse(self):
         raise MiniloraError("no triton")
 
-    monkeypatch.setattr(gpu_race, "installed", lambda name: True)
+    monkeypatch.setattr(gpu_race, "missing", lambda names: [])
     monkeypatch.setattr(gpu_race.Worker, "prepare", refuse)
     row = gpu_race.torch_step(Job("compile", TINY, device="cuda"), 1, 60)
     assert row == {"not run": "no triton"}

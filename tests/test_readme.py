@@ -107,5 +107,5 @@ def test_the_record_of_speed_holds_what_the_fused_ops_are_for():
     }
     fused = [ratio for (_, contender), ratio in ratios.items() if contender == "primitives"]
     assert len(fused) >= 6
-    assert round(1 / max(fused), 2) >= 1.15
+    assert max(fused) <= 1 / 1.15
     assert max(ratios["S1 lora", "torch"], ratios["S2 lora", "torch"]) <= 1

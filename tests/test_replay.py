@@ -1,14 +1,12 @@
 """Decoding from a recording: the tokens of the eager loop, one launch for each, at any position."""
 
-import inspect
 import sys
 import warnings
-from types import ModuleType
 
 import numpy as np
 import pytest
 import standin
-from cuda_cpu.checks import kernels  # noqa: F401
+from cuda_cpu.checks import kernels, with_a_mistake  # noqa: F401
 from test_capture import fake as fake
 from test_capture import tape as tape
 
@@ -160,11 +158,7 @@ PLANTED = {
 @pytest.mark.usefixtures("fake")
 @pytest.mark.parametrize("old, new", PLANTED.values(), ids=PLANTED)
 def test_planted_mistakes_are_caught(old, new):
-    source = inspect.getsource(generating)
-    assert source.count(old) == 1
-    wrong = ModuleType("minilora.model.wrong")
-    wrong.__package__ = "minilora.model"
-    exec(source.replace(old, new), vars(wrong))
+    wrong = with_a_mistake(generating, old, new)
     prompts = RNG(5).integers(0, 29, (3, 126)).tolist()
     wanted = generate(model_of(), prompts, 12)
     assert wrong.generate(model_of(), prompts, 12, replay=capture.replayed) != wanted

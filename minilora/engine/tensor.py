@@ -172,7 +172,7 @@ class Op(Rule):
 
     def rounded(self, value: Any, arguments: Sequence) -> Any:
         value, pullbacks = value
-        narrow = tuple(type(a) is BF16 for a in arguments)  # and no array is kept
+        narrow = tuple(type(a) is BF16 for a in arguments)  # closed over in place of the arrays
         if isinstance(pullbacks, together):
             pullbacks = together(rounding(pullbacks.pullback, narrow))
         elif pullbacks is not None:

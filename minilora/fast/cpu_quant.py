@@ -21,8 +21,7 @@ from ..quant.blockwise import (
 from ..quant.codes import Code
 from .cpu import arena, blocks
 
-CHUNK = 1 << 16  # a multiple of every block size
-LONG = 1 << 18  # where a chunk takes many calls: long ones, that two threads can make at once
+CHUNK = 1 << 18  # a multiple of every block size; calls so long that two threads make them at once
 
 
 @quantize_blocks.on("numpy")
@@ -58,7 +57,7 @@ def _(xp, w, *, code, block=64):
         packed[part.start // lanes :][: x.size // lanes] = stored if lanes == 1 else joined(stored)
         return True
 
-    if not all(spread(store, blocks(whole, LONG))):
+    if not all(spread(store, blocks(whole, CHUNK))):
         return NotImplemented  # the specification finds the first bad weight
     return packed, scales
 

@@ -10,7 +10,7 @@ import importlib.util
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -36,6 +36,7 @@ WEIGHED = ("memory", "micro", "scaling")  # the suites that report bytes
 ALONE = {  # the only baselines of a suite, if none are asked for
     "micro": ["torch"], "scaling": ["torch"], "threads": ["torch", "blas"],
 }  # fmt: skip
+PEERS = ("torch", "transformers", "peft", "bitsandbytes")  # that the baselines need
 NEEDS_TORCH = ("torch", "hf", "compile", "erf", "bnb")
 ON_REQUEST = ("erf", "reference", "blas")  # and primitives beside scaling
 GATE, GATE_STEPS = 1e-4, 4
@@ -102,9 +103,8 @@ class BenchConfig:
         ]
 
 
-def missing() -> list[str]:
-    """Which of the libraries that the baselines need are not installed."""
-    names = ("torch", "transformers", "peft", "bitsandbytes")
+def missing(names: Sequence[str] = PEERS) -> list[str]:
+    """Which of these libraries, all that the baselines need, are not installed."""
     return [name for name in names if importlib.util.find_spec(name) is None]
 
 

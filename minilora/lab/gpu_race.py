@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from importlib import util
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from ..engine.errors import MiniloraError
 from ..fast.capture import WARM, CapturedStep
 from ..model.module import to_device
 from ..optim.adamw import AdamW
+from .bench import missing
 from .bench_ours import whole_loss
 from .bench_shapes import BETAS, WEIGHT_DECAY, Job, Shape, starting_tree, tokens
 from .bench_worker import Worker
@@ -85,9 +85,8 @@ def torch_step(
 ) -> dict[str, Any]:
     """Steps of torch in another process, which has `limit` seconds for all of it, or less."""
     limit = min(limit, left())
-    missing = [name for name in PEERS if not installed(name)]
-    if missing:
-        return {"not run": f"{', '.join(missing)} not installed"}
+    if absent := missing(PEERS):
+        return {"not run": f"{', '.join(absent)} not installed"}
     began = time.monotonic()
     with Worker(job) as worker:
         bell = threading.Timer(limit, worker.process.kill)
@@ -104,10 +103,6 @@ def torch_step(
         finally:
             bell.cancel()
     return {"ms": times[rounds // 2], "loss": loss, "bytes": taken, "versions": versions}
-
-
-def installed(name: str) -> bool:
-    return util.find_spec(name) is not None
 
 
 def race_rows(rows: list[dict[str, Any]]) -> list[list[str]]:

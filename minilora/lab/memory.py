@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ..engine.backend import is_array
 from ..engine.errors import MiniloraError
 from ..fast.cpu import BLOCK as CACHED
-from ..fast.cpu_quant import LONG
+from ..fast.cpu_quant import CHUNK as QUANTIZED
 from ..model.module import children
 from ..model.targets import ALL_LINEAR, matches
 from ..model.transformer import TransformerConfig
@@ -210,7 +210,7 @@ def scratch(setting: Setting) -> dict[str, int]:
     if setting.method == "qlora":  # from when the codes were made: v, and a byte for each threshold
         code = code_named(setting.code)
         each = 4 if code.bits == 8 else 4 + len(code.thresholds) + 1
-        found["quantizer"] = each * min(LONG, largest)
+        found["quantizer"] = each * min(QUANTIZED, largest)
     if setting.method == "qlora" and setting.double:
         found["decoded scales"] = 4 * -(-largest // setting.block)
     if config.mlp == "gelu":

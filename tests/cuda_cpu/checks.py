@@ -4,11 +4,13 @@ On the stand-in the kernels run on the CPU, under two seeds of the scheduler; wi
 the same tests run them on the card.
 """
 
+import inspect
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -21,6 +23,16 @@ from minilora.engine.rules import reference_rules
 from minilora.engine.tensor import Tensor
 from minilora.model.module import cast, rebuild
 from minilora.model.module import to_device as tree_to_device
+
+
+def with_a_mistake(module: ModuleType, old: str, new: str) -> ModuleType:
+    """The module with `old` in its source, which stands there once, replaced."""
+    source = inspect.getsource(module)
+    assert source.count(old) == 1
+    wrong = ModuleType(f"{module.__package__}.wrong")
+    wrong.__package__ = module.__package__
+    exec(source.replace(old, new), vars(wrong))
+    return wrong
 
 
 @pytest.fixture(scope="module")
