@@ -34,6 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    for name in ("CI", "BUILD_NUMBER"):  # where pytest sees one, it diffs unequal bytes to the
+        os.environ.pop(name, None)  # end: hours for an array, in a planted mistake's test too
     if config.getoption("device") == "standin":
         import standin
 
