@@ -162,6 +162,7 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
     __iter__ = lambda self: (self[i] for i in range(len(self)))
     __reduce__ = lambda self: (asarray, (self.get(),))
     dtype = property(lambda self: self._a.dtype)  # CuPy's is an attribute of the class too
+    data = property(lambda self: SimpleNamespace(ptr=self._a.ctypes.data))  # an address, no look
 
     def __init__(self, host: np.ndarray, base: "ndarray | None", owned: int):
         self._a, self.base, self.owned = host, base, owned

@@ -51,6 +51,11 @@ def as_array(value: Any) -> Any:
     return np.asarray(value) if isinstance(value, np.generic) else value
 
 
+def address_of(array: Any) -> int:
+    """Where an array's memory begins."""
+    return array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+
+
 def to_device(array: Any, device: str) -> Any:
     """`array` on `device` ("cpu" or "cuda"): the one door between host and card.
 

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from .backend import is_array, library_of
 from .bf16 import BF16, BFLOAT16, bits_of, float32_of
 from .errors import MiniloraError
 
 _only_reference: ContextVar[bool] = ContextVar("only_reference", default=False)
+_written: "ContextVar[list[Call] | None]" = ContextVar("written", default=None)
 
 
 @contextmanager
@@ -23,6 +24,28 @@ def reference_rules() -> Iterator[None]:
         yield
     finally:
         _only_reference.reset(token)
+
+
+class Call(NamedTuple):
+    """One run of a rule: what it was given, and what it returned."""
+
+    rule: "Rule"
+    xp: ModuleType
+    arguments: Sequence
+    options: dict
+    wants: tuple
+    value: Any
+
+
+@contextmanager
+def written_down() -> Iterator[list[Call]]:
+    """Inside, every run of a rule is added to the list, but for those that a rule makes itself."""
+    calls: list[Call] = []
+    token = _written.set(calls)
+    try:
+        yield calls
+    finally:
+        _written.reset(token)
 
 
 class Rule:
@@ -60,6 +83,14 @@ class Rule:
 
         `wants` says which arguments want a gradient, to a rule that declares it.
         """
+        if (calls := _written.get()) is not None:
+            token = _written.set(None)
+            try:
+                value = self.run(xp, arguments, options, wants)
+            finally:
+                _written.reset(token)
+            calls.append(Call(self, xp, arguments, options, wants, value))
+            return value
         half = BF16 in map(type, arguments)
         last = None if half else self.specification
         rule = self.fast.get(f"{xp.__name__} bf16" if half else xp.__name__)

@@ -5,7 +5,7 @@ from typing import Any
 from ..engine.backend import xp_of
 from ..engine.bf16 import empty
 from ..engine.errors import MiniloraError
-from ..engine.rules import bits_in, stored_as
+from ..engine.rules import bits_in, rule, stored_as
 from ..engine.tensor import Tensor
 from .module import tensors
 
@@ -25,9 +25,19 @@ class LayerCache:
         """Write k and v (N, T, K, D) at `positions` (N, T); return all before `stop`, as views."""
         if k.target is not None or v.target is not None:
             raise MiniloraError("cache: generate from a frozen model: freeze(model)")
-        self.keys[self.rows, positions] = stored_as(self.keys, k.data)
-        self.values[self.rows, positions] = stored_as(self.values, v.data)
-        return Tensor(self.keys[:, : self.stop]), Tensor(self.values[:, : self.stop])
+        keys, values = remembered(k.data, v.data, layer=self, positions=positions)
+        return Tensor(keys), Tensor(values)
+
+
+@rule
+def remembered(xp, k, v, *, layer, positions):
+    """What `LayerCache.extend` does, as a rule, so that a recording knows of it."""
+    layer.keys[layer.rows, positions] = stored_as(layer.keys, k)
+    layer.values[layer.rows, positions] = stored_as(layer.values, v)
+    return layer.keys[:, : layer.stop], layer.values[:, : layer.stop]
+
+
+remembered.on("numpy bf16", "cupy bf16")(remembered.specification)
 
 
 class KVCache:

@@ -7,6 +7,7 @@ import numpy as np
 
 from ..engine.backend import to_device, to_numpy, xp_of
 from ..engine.errors import MiniloraError, NumericsError
+from ..engine.recorded import Recorded
 from ..engine.rules import wide
 from ..engine.tensor import Tensor
 from .cache import KVCache
@@ -103,9 +104,13 @@ def each_token(
     x = x[rows, last]  # (N, C)
     token, sound = xp.zeros(len(lengths), np.int64), xp.ones(len(lengths), bool)
 
-    def choose(x: Tensor) -> Any:
-        """Logits (N, V); at temperature 0 the likeliest is written into `token`."""
-        logits = wide(model.head(x).data)
+    def newest() -> Any:
+        """Logits (N, V) after the newest token of each row."""
+        x = model.hidden(token[:, None], positions=last[:, None], cache=cache)
+        return wide(model.head(x[:, 0]).data)
+
+    def choose(logits: Any) -> Any:
+        """At temperature 0 the likeliest is written into `token`."""
         if temperature == 0:
             token[...] = logits.argmax(axis=-1)
             sound[...] = sound & xp.isfinite(logits[rows, token])
@@ -114,12 +119,13 @@ def each_token(
     def step() -> Any:
         """One token more in each row.  All that changes from step to step is written in place."""
         last[...] += 1
-        return choose(model.hidden(token[:, None], positions=last[:, None], cache=cache)[:, 0])
+        return choose(newest())
 
+    newest = Recorded(newest)
     advance = step if replay is None else replay(xp, step)
     for made in range(new_tokens):
         if made == 0:
-            logits = choose(x)
+            logits = choose(wide(model.head(x).data))
         else:  # what was recorded has one shape for all positions: it sees the cache whole
             cache.reach(max(lengths) + made if advance is step else length)
             logits = advance()

@@ -139,14 +139,12 @@ def inside(address, size):
 
 @contextmanager
 def installed(binding=cublas) -> Iterator[Library]:
-    """`cupy` is the stand-in, its arrays have addresses, and `binding` finds this cuBLAS."""
+    """`cupy` is the stand-in, and `binding` finds this cuBLAS."""
     with pytest.MonkeyPatch.context() as patch:
         modules: dict = {}
         cupy = standin.install(modules)
         for name, module in modules.items():
             patch.setitem(sys.modules, name, module)
-        pointer = property(lambda self: SimpleNamespace(ptr=self._a.ctypes.data))
-        patch.setattr(standin.ndarray, "data", pointer, raising=False)
         patch.setattr(cupy.cuda, "get_current_stream", lambda: SimpleNamespace(ptr=0))
         library = Library()
         patch.setitem(binding.opened, (cupy, 0), binding.Cublas(cupy, library))
