@@ -127,6 +127,8 @@ def test_multiplications_are_counted():
     a, b = np.ones((3, 4)), np.ones((4, 5))
     assert multiplications(lambda a, b: (a @ b).sum(), (a, b)) == 60
     assert multiplications(lambda a, b: a @ (b @ b.T @ b), (a, b)) == 4 * 4 * 5 * 2 + 60
+    into = lambda a, b, c: np.matmul(a, b, out=c).sum()
+    assert multiplications(into, (a, b, np.empty((3, 5)))) == 60
 
 
 def test_values_are_shown_short():

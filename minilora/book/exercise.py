@@ -180,11 +180,17 @@ class Counted(np.ndarray):
     total = 0
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
-        plain = [np.asarray(i) if isinstance(i, Counted) else i for i in inputs]
+        plain = [uncounted(i) for i in inputs]
+        if "out" in options:
+            options["out"] = tuple(map(uncounted, options["out"]))
         result = getattr(ufunc, method)(*plain, **options)
         if ufunc is np.matmul:
             Counted.total += result.size * plain[0].shape[-1]
         return result.view(Counted) if isinstance(result, np.ndarray) else result
+
+
+def uncounted(value: Any) -> Any:
+    return np.asarray(value) if isinstance(value, Counted) else value
 
 
 def multiplications(answer: Callable, arguments: tuple) -> int:
