@@ -110,6 +110,11 @@ SAMPLES = (
         (X, (4, 48), (40, 4)),
         lambda rng: frozen_base(40, 48)(rng) | {"scale": 2.0},
     ),
+    Sample(
+        fused.lora_linear,
+        ((2, 3, 64), (4, 64), (37, 4)),
+        lambda rng: coded_base(37, 64)(rng) | {"scale": 2.0},
+    ),
     Sample(fused.gelu, (X,)),
     Sample(fused.swiglu, (X, X)),
     Sample(fused.layer_norm, (X, (48,), (48,)), fixed(eps=1e-5)),
