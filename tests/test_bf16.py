@@ -25,7 +25,8 @@ from minilora.engine.backend import is_array, to_numpy, xp_of
 from minilora.engine.backend import to_device as array_to_device
 from minilora.engine.bf16 import BF16, BFLOAT16, bits_of, float32_of
 from minilora.engine.check import gradients
-from minilora.engine.rules import narrow, stored_as, summed, wide, widen
+from minilora.engine.rounding import narrow, stored_as, summed
+from minilora.engine.rules import wide, widen
 from minilora.engine.tensor import op
 from minilora.lab.op_samples import SAMPLES
 from minilora.model.cache import KVCache

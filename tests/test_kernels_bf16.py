@@ -24,7 +24,8 @@ from minilora import AdamW, Parameter, TransformerConfig, adapt, generate, init_
 from minilora.engine import attention, fused, loss, tensor
 from minilora.engine.backend import to_numpy
 from minilora.engine.bf16 import BF16, BFLOAT16, bits_of, float32_of
-from minilora.engine.rules import narrow, reference_rules, summed, widen
+from minilora.engine.rounding import narrow, summed
+from minilora.engine.rules import reference_rules, widen
 from minilora.fast import cuda_attention
 from minilora.lab.op_samples import SAMPLES
 from minilora.model.module import to_device

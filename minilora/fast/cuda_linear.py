@@ -3,7 +3,8 @@
 from ..engine.bf16 import BF16
 from ..engine.fused import frozen_linear, linear, lora_linear, rows
 from ..engine.graph import together
-from ..engine.rules import narrow, wide
+from ..engine.rounding import narrow
+from ..engine.rules import wide
 from .cublas import cublas
 from .cuda import contiguous, floats, storage
 from .cuda_coded import coded_product
