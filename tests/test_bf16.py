@@ -36,7 +36,7 @@ from minilora.quant.bf16 import to_bf16
 from minilora.quant.linear import dequantize, quantize
 
 F32 = np.dtype(np.float32)
-EPSILON = 2.0**-8  # from 1 to the next bfloat16
+EPSILON = 2.0**-7  # from 1 to the next bfloat16
 
 
 def rounded(array) -> BF16:
