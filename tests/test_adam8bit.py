@@ -131,6 +131,44 @@ def test_toy_adapters_fall_under_the_small_tensor_rule_and_save_nothing():
     assert o.state_bytes == 8 * o.flat.data.size  # as many as AdamW's
 
 
+SIZES = (SMALL, SMALL + BLOCK, SMALL + 70, SMALL + 1, 64, 5, SMALL, 7)
+
+
+def several(device="cpu"):
+    rng = np.random.default_rng(3)
+    draw = lambda *shape: Parameter(rng.standard_normal(shape, np.float32))
+    return to_device([*(draw(n, 1) for n in SIZES), draw(9)], device)
+
+
+def test_neighbors_are_updated_as_one(device):
+    """Where blocks do not run across from one to the other, and decay is the same."""
+    o = AdamW8bit(several(device), weight_decay=0.1)
+    sizes = [span.stop - span.start for span, _, _ in o.stretches]
+    assert sizes == [3 * SMALL + BLOCK + 70, SMALL + 1, 69, SMALL, 7, 9]
+    assert sum(sizes) == o.flat.data.size
+    large = [n for n in SIZES if n >= SMALL]
+    assert o.state_bytes == sum(2 * n + 8 * -(-n // BLOCK) for n in large) + 8 * (64 + 5 + 7 + 9)
+
+
+def test_neighbors_get_what_each_would_get_alone(device, dev, host):
+    rng = np.random.default_rng(0)
+    tree = several(device)
+    whole = AdamW8bit(tree, lr=0.1, weight_decay=0.1)
+    alone = [AdamW8bit(p, lr=0.1, weight_decay=0.1) for p in tree]
+    for _ in range(3):
+        for p, one in zip(whole.flat.named.values(), alone, strict=True):
+            g = dev(rng.standard_normal(p.shape, np.float32))
+            whole.flat.gradients[p] += g
+            one.flat.grad += g.ravel()
+        for optimizer in (whole, *alone):
+            optimizer.step()
+    for (path, p), one in zip(whole.flat.named.items(), alone, strict=True):
+        assert host(p.data).tobytes() == host(one.flat.data).tobytes(), path
+        (moments,) = one.moments.values()
+        for kind, array in moments.items():
+            assert host(whole.moments[path][kind]).tobytes() == host(array).tobytes(), (path, kind)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("reference", [False, True])
 def test_a_bad_gradient_writes_nothing(bad, reference, device, dev, host):

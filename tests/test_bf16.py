@@ -25,7 +25,8 @@ from minilora.engine.backend import is_array, to_numpy, xp_of
 from minilora.engine.backend import to_device as array_to_device
 from minilora.engine.bf16 import BF16, BFLOAT16, bits_of, float32_of
 from minilora.engine.check import gradients
-from minilora.engine.rules import narrow, stored_as, summed, wide, widen
+from minilora.engine.rounding import narrow, stored_as, summed
+from minilora.engine.rules import wide, widen
 from minilora.engine.tensor import op
 from minilora.lab.op_samples import SAMPLES
 from minilora.model.cache import KVCache
@@ -35,7 +36,7 @@ from minilora.quant.bf16 import to_bf16
 from minilora.quant.linear import dequantize, quantize
 
 F32 = np.dtype(np.float32)
-EPSILON = 2.0**-8  # from 1 to the next bfloat16
+EPSILON = 2.0**-7  # from 1 to the next bfloat16
 
 
 def rounded(array) -> BF16:

@@ -1,5 +1,7 @@
 """The optimizers' kernels write what the specification writes, to the bit."""
 
+import sys
+
 import numpy as np
 import pytest
 from cuda_cpu import fakeraw
@@ -111,8 +113,6 @@ def test_adamw8bit(n, seed, finite):
 
 @pytest.mark.parametrize("optimizer", [AdamW, AdamW8bit])
 def test_a_step_waits_for_nothing_and_launches_little(optimizer, request):
-    import sys
-
     tree = Parameter(on_device(np.ones((64, 65), np.float32)))
     o = optimizer(tree)
     o.flat.grad[...] = o.flat.data
@@ -125,6 +125,16 @@ def test_a_step_waits_for_nothing_and_launches_little(optimizer, request):
         assert cupy.stats.h2d == cupy.stats.d2h == 0
         assert names == ["square_sums", "measure", f"adamw{'8bit' * (optimizer is AdamW8bit)}"]
         assert cupy.stats.launches <= 7  # and the count of steps, and the gradient cleared
+
+
+def test_the_factors_of_an_adapter_are_one_launch():
+    tree = [Parameter(on_device(np.ones((16, 256 + 64 * i), np.float32))) for i in range(6)]
+    o = AdamW8bit(tree)
+    for p in o.flat.named.values():
+        o.flat.gradients[p] += p.data
+    _, names = launches(lambda: o.step(clip=1.0))
+    if issubclass(sys.modules["cupy"].RawModule, fakeraw.RawModule):
+        assert names == ["square_sums", "measure", "adamw8bit"]
 
 
 def test_a_forgotten_barrier_is_caught():

@@ -20,6 +20,7 @@ from minilora.model import generate as generating
 from minilora.model.layers import Linear
 from minilora.model.module import rebuild
 from minilora.model.module import to_device as tree_to_device
+from minilora.quant.bf16 import to_bf16
 from minilora.quant.linear import quantize
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -32,14 +33,14 @@ def model_of(style="llama", device="cuda"):
     gpt2 = style == "gpt2"
     config = TransformerConfig.gpt2(**SHAPE) if gpt2 else TransformerConfig(**SHAPE, key_heads=2)
     model = init_transformer(config, RNG(3), 0.4)
-    if style in ("lora", "qlora"):
-        model = adapt(quantize(model) if style == "qlora" else model, rank=4, rng=RNG(0))
+    if style in ("lora", "qlora", "qlora in bf16"):
+        model = adapt(model if style == "lora" else quantize(model), rank=4, rng=RNG(0))
         fill = lambda path, node: (
             Tensor(RNG(1).normal(0, 0.1, node.shape).astype(np.float32))
             if path.endswith(".B") else node
         )  # fmt: skip
         model = rebuild(model, fill)
-    return tree_to_device(model, device)
+    return tree_to_device(to_bf16(model) if style.endswith("bf16") else model, device)
 
 
 class Watched(list):
@@ -60,7 +61,7 @@ def both(model, prompts, new, **options):
     return found, wanted
 
 
-@pytest.mark.parametrize("style", ["llama", "gpt2", "lora", "qlora"])
+@pytest.mark.parametrize("style", ["llama", "gpt2", "lora", "qlora", "qlora in bf16"])
 def test_the_tokens_are_those_of_the_eager_loop(style):
     found, wanted = both(model_of(style), PROMPTS, 10)
     assert found == wanted

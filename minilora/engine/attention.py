@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from .errors import MiniloraError
 from .graph import together
-from .rules import moves
+from .rounding import moves
 from .tensor import op, swap
 
 

@@ -8,7 +8,8 @@ import math
 from .errors import MiniloraError
 from .graph import together
 from .ops import logistic
-from .rules import moves, wide
+from .rounding import moves
+from .rules import wide
 from .tensor import op
 
 

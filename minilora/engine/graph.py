@@ -6,7 +6,7 @@ from typing import Any
 from .backend import xp_of
 from .bf16 import BF16
 from .errors import MiniloraError
-from .rules import plus, stored_as
+from .rounding import plus, stored_as
 
 
 class Node:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from .errors import MiniloraError
-from .rules import moves
+from .rounding import moves
 from .tensor import op, reopened, shape_of, unbroadcast
 
 

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .backend import address_of, is_array
-from .rules import Call, Rule, bits_in, written_down
+from .rounding import bits_in
+from .rules import Call, Rule, written_down
 from .tensor import Op
 
 

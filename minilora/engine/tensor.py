@@ -19,7 +19,8 @@ from .backend import as_array, is_array, to_numpy, xp_of
 from .bf16 import BF16
 from .errors import MiniloraError
 from .graph import Node, pull, shared, together
-from .rules import Rule, common_library, in_two_bytes, moves, parts, rounding, wide
+from .rounding import in_two_bytes, moves, narrowed, parts
+from .rules import Rule, common_library, wide
 
 
 class Tensor:
@@ -174,10 +175,9 @@ class Op(Rule):
         value, pullbacks = value
         narrow = tuple(type(a) is BF16 for a in arguments)  # closed over in place of the arrays
         if isinstance(pullbacks, together):
-            pullbacks = together(rounding(pullbacks.pullback, narrow))
+            pullbacks = together(narrowed(pullbacks.pullback, narrow))
         elif pullbacks is not None:
-            pairs = zip(pullbacks, narrow, strict=False)
-            pullbacks = tuple(rounding(*pair) for pair in pairs)
+            pullbacks = tuple(map(narrowed, pullbacks, narrow))  # defaults not given have none
         return parts(in_two_bytes, value), pullbacks
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..engine.bf16 import BFLOAT16, empty
 from ..engine.errors import MiniloraError
-from ..engine.rules import bits_in
+from ..engine.rounding import bits_in
 from .cuda import contiguous
 
 WORKSPACE = 32 << 20  # bytes: what NVIDIA recommends for Hopper

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..engine.bf16 import BF16, BFLOAT16
-from ..engine.rules import bits_in
+from ..engine.rounding import bits_in
 
 FOLDER = Path(__file__).parent / "kernels"
 SIGNATURE = r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?{name}\s*\(([^)]*)\)"

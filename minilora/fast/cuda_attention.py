@@ -14,22 +14,25 @@ from .cuda import Kernels, contiguous, storage
 
 TILE, CHUNK = 64, 128  # of the kernels: query or key rows of a block; keys of a block that decodes
 FEW = 8  # queries a row, up to which each gets blocks of its own
-WAYS = ("forward", "cached", "backward_q", "backward_kv")
+BACK = ("delta", "backward_q", "backward_kv")
+WAYS = ("forward", "cached", *BACK)
 LANES = (8, 16, 32)  # to a key when decoding, four channels each
 
 FILES = {
     "float": "attention_parts.cu attention.cu attention_backward.cu",
-    "bf16": "attention_parts.cu attention_mma.cu",
+    "bf16": "attention_parts.cu attention_mma.cu attention_backward_mma.cu",
 }
 
 
 def kernel(way: str, E: str, width: int) -> str:
     """The kernel for float, or for bf16 the one on tensor cores."""
-    return f"attention_{way}<{width}>" if E == "float" else f"attention_{way}_mma<{width}>"
+    if E == "bf16":
+        return f"attention_{way}_mma<{width}>"
+    return "attention_delta" if way == "delta" else f"attention_{way}<{width}>"
 
 
 tiled = {
-    (E, width): Kernels(file, *(kernel(way, E, width) for way in WAYS), f"attention_delta<{E}>")
+    (E, width): Kernels(file, *(kernel(way, E, width) for way in WAYS))
     for E, file in FILES.items()
     for width in (32, 64, 96, 128)
 }
@@ -46,7 +49,7 @@ def shared_bytes(way: str, E: str, width: int) -> int:
     """Dynamic shared memory of a block: its tiles, in float32 with rows of width + 4 and weights
     of 64 + 16, in bfloat16 with rows of width + 8."""
     rows = backward_rows(E, width)
-    back = way not in ("forward", "cached")
+    back = way in BACK
     if E == "bf16":
         return 2 * (3 + back) * TILE * (width + 8)
     if not back:
@@ -114,7 +117,7 @@ def flash(xp, q, k, v, wants, positions=None):
         return NotImplemented
     launch = tiled[E, width].on(xp)
     way = "forward" if positions is None else "cached"
-    needed = (way, "backward_q", "backward_kv") if any(wants) else (way,)
+    needed = (way, *BACK) if any(wants) else (way,)
     if launch is None or not all(fits(xp.RawModule, E, width, way) for way in needed):
         return NotImplemented
 
@@ -132,12 +135,13 @@ def flash(xp, q, k, v, wants, positions=None):
     def pullback(g, wants):
         g = strided(xp, g if E == "bf16" else g.astype(xp.float32, copy=False))
         delta = xp.empty(lse.shape, xp.float32)
-        rows = N * T * H
-        launch(
-            f"attention_delta<{E}>", -(-rows // 4), 128, g, out, delta, *strides(g), T, H, D, rows
-        )
         arrays = [*(strided(xp, a) for a in (q, k, v)), g]
         sizes = (*strides(*arrays), T, H, K, D)
+        if E == "bf16":
+            run("delta", N * H, TILE, *arrays, out, lse, delta, *sizes)
+        else:
+            rows = N * T * H
+            launch("attention_delta", -(-rows // 4), 128, g, out, delta, *strides(g), T, H, D, rows)
         dq = dk = dv = None
         if wants[0]:
             dq = empty(xp, q.shape, q.dtype)

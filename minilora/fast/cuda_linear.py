@@ -3,7 +3,8 @@
 from ..engine.bf16 import BF16
 from ..engine.fused import frozen_linear, linear, lora_linear, rows
 from ..engine.graph import together
-from ..engine.rules import narrow, wide
+from ..engine.rounding import narrow
+from ..engine.rules import wide
 from .cublas import cublas
 from .cuda import contiguous, floats, storage
 from .cuda_coded import coded_product
@@ -12,13 +13,17 @@ from .cuda_pointwise import kernels
 FEW = 64  # tokens: with fewer, writing W0 + s B A costs more than the detour's own products
 
 
-def transformed(xp, product, x, W, b):
-    """x Wᵀ + b, of the type of x."""
-    if b is None or type(x) is BF16:
-        return with_bias(xp, product(x, W.T), b)
-    y = xp.empty((len(x), len(W)), x.dtype)
-    y[...] = b  # it stands in the output before the product is added to it
-    return product(x, W.T, y, beta=1.0)
+def transformed(xp, product, x, W, b, y=None):
+    """x Wᵀ + b, of the type of x; added to y, where that is given, and written into it."""
+    if type(x) is BF16:
+        return with_bias(xp, product(x, W.T, y, beta=0.0 if y is None else 1.0), b)
+    if b is not None:  # it stands in the output before the product is added to it
+        if y is None:
+            y = xp.empty((len(x), len(W)), x.dtype)
+            y[...] = b
+        else:
+            y += b
+    return product(x, W.T, y, beta=0.0 if y is None else 1.0)
 
 
 def with_bias(xp, y, b):
@@ -41,12 +46,13 @@ def taken(x, W, b):
     )  # fmt: skip
 
 
-def through(xp, product, x, base):
-    """x W0ᵀ + b0: from codes where rows are few, else with W0 dense; None if they do not fit."""
-    y = coded_product(xp, x, base)
+def through(xp, product, x, base, more=None):
+    """x W0ᵀ + b0 + more: from codes where rows are few, else with W0 dense; None if they do not
+    fit.  `more` may be written over."""
+    y = coded_product(xp, x, base, more)
     if y is None:
         W, b = base.dense(), None if base.bias is None else base.bias.data
-        y = transformed(xp, product, x, W, b) if taken(x, W, b) else None
+        y = transformed(xp, product, x, W, b, more) if taken(x, W, b) else None
     return y
 
 
@@ -110,10 +116,9 @@ def _(xp, x, A, B, *, base, scale, wants):
 
     u = product(x, A.T) if few or wants[2] else None  # (n, r)
     if few:
-        y = through(xp, product, x, base)
+        y = through(xp, product, x, base, product(u, B.T, alpha=scale))
         if y is None:
             return NotImplemented
-        product(u, B.T, y, alpha=scale, beta=1.0)
     else:
         y = transformed(xp, product, x, updated(), b)
     kept_x = x if wants[1] else None
@@ -139,19 +144,18 @@ def _(xp, x, A, B, *, base, scale, wants):
     """The adapter's path is written first, and x W0ᵀ added to it in float32 and rounded once.
 
     To round W0 + s B A, or to add the update to a rounded x W0ᵀ, would lose most of what is
-    small.  A and B are rounded for the products alone; their gradients are float32.
+    small.  A and B are rounded for the products alone; their gradients are float32.  With few
+    rows of x the codes of a base are read where they are, as when there is no adapter.
     """
     blas = cublas(xp)
     if blas is None or storage(x) != "bf16" or not floats(A, B) or not fit(x, A, B, base):
         return NotImplemented
-    W, b = base.dense(), None if base.bias is None else base.bias.data
-    if not taken(x, W, b):
-        return NotImplemented
     product, shape, (d_out, r) = blas.product, x.shape, B.shape
     x, A, B = rows(x), BF16(narrow(A)), BF16(narrow(B))
     u = product(x, A.T)  # (n, r)
-    y = product(x, W.T, product(u, B.T, alpha=scale), beta=1.0)
-    with_bias(xp, y, b)
+    y = through(xp, product, x, base, product(u, B.T, alpha=scale))
+    if y is None:
+        return NotImplemented
     kept_x = x if wants[1] else None
     kept_u = u if wants[2] else None
 

@@ -7,7 +7,8 @@ from ..engine.attention import rope
 from ..engine.bf16 import BF16, empty
 from ..engine.fused import gelu, swiglu
 from ..engine.graph import together
-from ..engine.rules import narrow, summed, widen
+from ..engine.rounding import narrow, summed
+from ..engine.rules import widen
 from ..engine.tensor import add
 from .cuda import Kernels, contiguous, flat_grid, floats, storage
 

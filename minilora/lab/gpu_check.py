@@ -13,7 +13,8 @@ from ..engine.backend import is_array, to_device, to_numpy
 from ..engine.bf16 import BFLOAT16
 from ..engine.check import gradients
 from ..engine.progress import progress
-from ..engine.rules import cast_array, reference_rules
+from ..engine.rounding import cast_array
+from ..engine.rules import reference_rules
 from ..engine.tensor import Parameter, Tensor
 from ..lora.lora import adapt
 from ..model.module import cast

@@ -110,6 +110,11 @@ SAMPLES = (
         (X, (4, 48), (40, 4)),
         lambda rng: frozen_base(40, 48)(rng) | {"scale": 2.0},
     ),
+    Sample(
+        fused.lora_linear,
+        ((2, 3, 64), (4, 64), (37, 4)),
+        lambda rng: coded_base(37, 64)(rng) | {"scale": 2.0},
+    ),
     Sample(fused.gelu, (X,)),
     Sample(fused.swiglu, (X, X)),
     Sample(fused.layer_norm, (X, (48,), (48,)), fixed(eps=1e-5)),
@@ -124,6 +129,7 @@ SAMPLES = (
         fixed(theta=10000.0, scaling=attention.RopeScaling(8.0, 1.0, 4.0, 64)),
     ),
     Sample(attention.attention, ((3, 150, 4, 16), (3, 150, 2, 16), (3, 150, 2, 16))),
+    Sample(attention.attention, ((2, 2, 4, 64), (2, 2, 2, 64), (2, 2, 2, 64))),  # few keys
     Sample(loss.cross_entropy, ((3, 37, 29),), drawn(targets=tokens((3, 37), 29, True))),
     Sample(
         loss.head_cross_entropy,

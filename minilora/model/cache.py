@@ -5,7 +5,8 @@ from typing import Any
 from ..engine.backend import xp_of
 from ..engine.bf16 import empty
 from ..engine.errors import MiniloraError
-from ..engine.rules import bits_in, rule, stored_as
+from ..engine.rounding import bits_in, stored_as
+from ..engine.rules import rule
 from ..engine.tensor import Tensor
 from .module import tensors
 

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..engine.fused import embedding, gelu, layer_norm, linear, rms_norm, swiglu
-from ..engine.rules import stored_as
+from ..engine.rounding import stored_as
 from ..engine.tensor import Parameter, Tensor
 from .module import module
 

@@ -6,7 +6,7 @@ from typing import Any, dataclass_transform
 
 from ..engine.backend import is_array
 from ..engine.backend import to_device as array_to_device
-from ..engine.rules import cast_array
+from ..engine.rounding import cast_array
 from ..engine.tensor import Parameter, Tensor
 
 

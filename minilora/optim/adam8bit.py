@@ -1,5 +1,6 @@
 """Adam whose two moments take a byte each: blocks of 256, two codes made for long tails."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from ..model.module import to_device
 from ..quant.codes import Code
 from ..quant.codes import code as code_named
 from .adamw import count_step
-from .flat import FACTOR, LR, NORM, STEP, Grouping, Stepper, by_shape, expect_betas
+from .flat import FACTOR, LR, NORM, STEP, Flat, Group, Grouping, Stepper, by_shape, expect_betas
 
 BLOCK = 256
 SMALL = 4096  # a parameter of fewer entries keeps float32 moments, as in bitsandbytes
@@ -78,6 +79,26 @@ def encoded(xp: Any, x: Any, code: Code) -> tuple[Any, Any]:
     return code.order[xp.searchsorted(code.thresholds, scaled.reshape(-1)[:n])], peaks
 
 
+def stretches(flat: Flat) -> Iterator[tuple[list[str], Group]]:
+    """Neighbors of one group that one update serves, by path."""
+    for part, group in flat.parts:
+        paths: list[str] = []
+        for path, span in flat.spans.items():
+            if part.start <= span.start < part.stop:
+                if paths and not goes_on(flat.spans[paths[-1]], span):
+                    yield paths, group
+                    paths = []
+                paths.append(path)
+        if paths:
+            yield paths, group
+
+
+def goes_on(before: slice, after: slice) -> bool:
+    """Have both float32 moments, or both 8-bit ones whose blocks do not run across?"""
+    n, following = before.stop - before.start, after.stop - after.start
+    return following < SMALL if n < SMALL else following >= SMALL and n % BLOCK == 0
+
+
 class AdamW8bit(Stepper):
     """AdamW with 8-bit moments: 2 + 2 · 4 / 256 = 2.03125 bytes a number instead of 8.
 
@@ -108,18 +129,28 @@ class AdamW8bit(Stepper):
         )
         zero_m, zero_v = (int(np.flatnonzero(code_named(n).table == 0)[0])
                           for n in ("dynamic", "dynamic_unsigned"))  # fmt: skip
-        self.moments: dict[str, dict[str, Any]] = {}
-        for path, span in flat.spans.items():
-            n = span.stop - span.start
-            if n < SMALL:
-                self.moments[path] = {k: xp.zeros(n, xp.float32) for k in ("m", "v")}
-                continue
-            self.moments[path] = {
-                "m": xp.full(n, zero_m, xp.uint8),
-                "v": xp.full(n, zero_v, xp.uint8),
-                "scales_m": xp.zeros(-(-n // BLOCK), xp.float32),
-                "scales_v": xp.zeros(-(-n // BLOCK), xp.float32),
-            }
+        self.stretches: list[tuple[slice, Group, dict[str, Any]]] = []  # with their moments
+        self.moments: dict[str, dict[str, Any]] = {}  # by path, as views of those
+        for paths, group in stretches(flat):
+            start, stop = flat.spans[paths[0]].start, flat.spans[paths[-1]].stop
+            n = stop - start
+            if flat.spans[paths[0]].stop - start < SMALL:
+                arrays = {k: xp.zeros(n, xp.float32) for k in ("m", "v")}
+            else:
+                arrays = {
+                    "m": xp.full(n, zero_m, xp.uint8),
+                    "v": xp.full(n, zero_v, xp.uint8),
+                    "scales_m": xp.zeros(-(-n // BLOCK), xp.float32),
+                    "scales_v": xp.zeros(-(-n // BLOCK), xp.float32),
+                }
+            self.stretches.append((slice(start, stop), group, arrays))
+            for path in paths:
+                first, last = flat.spans[path].start - start, flat.spans[path].stop - start
+                blocks = slice(first // BLOCK, -(-last // BLOCK))
+                self.moments[path] = {
+                    kind: a[blocks if kind.startswith("scales") else slice(first, last)]
+                    for kind, a in arrays.items()
+                }
 
     @property
     def state_bytes(self) -> int:
@@ -129,21 +160,18 @@ class AdamW8bit(Stepper):
     def step(self, divide_by: float = 1, clip: float | None = None) -> None:
         """Apply the gradient gathered so far, and clear it; see `AdamW.step`."""
         self.measure(divide_by, clip)
-        f = self.flat
-        for part, group in f.parts:
+        for span, group, moments in self.stretches:
             options = {
                 "betas": self.betas,
                 "eps": self.eps,
                 "decay": self.weight_decay * group.decay,
                 "lr_factor": group.lr,
             }
-            for path, span in f.spans.items():
-                if part.start <= span.start < part.stop:
-                    self.step_one(f.data[span], f.grad[span], self.moments[path], options)
+            self.update(self.flat.data[span], self.flat.grad[span], moments, options)
         count_step(self)
 
-    def step_one(self, p: Any, g: Any, moments: dict[str, Any], options: dict[str, Any]) -> None:
-        """One Parameter, its entries in a row."""
+    def update(self, p: Any, g: Any, moments: dict[str, Any], options: dict[str, Any]) -> None:
+        """One stretch, its entries in a row."""
         m, v = moments["m"], moments["v"]
         if m.dtype == np.uint8:
             adamw8bit_update(

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..engine.bf16 import BFLOAT16
 from ..engine.errors import MiniloraError
-from ..engine.rules import in_two_bytes
+from ..engine.rounding import in_two_bytes
 from ..engine.tensor import Tensor
 from ..lora.lora import is_adapter
 from ..model.layers import LayerNorm, RMSNorm

@@ -6,6 +6,22 @@
 // One kernel walks over the keys for 8 R queries, the other over the queries for 64 keys and all
 // query heads of their key head, in order: each gradient has one owner, who sums it in one order.
 
+// delta[n][h][t] = sum over d of g o.   One warp a row; o (N, T, H, D) is contiguous.
+__global__ void __launch_bounds__(THREADS)
+    attention_delta(Strided<const float*> g, const float* o, float* delta, long long gn,
+                    long long gt, long long gh, int T, int H, int D, long long rows) {
+    const long long row = (long long)blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES;
+    if (row >= rows) return;  // a warp as a whole
+    const int h = row % H, lane = threadIdx.x % LANES;
+    const long long t = row / H % T, n = row / H / T;
+    const float* at = g.at + n * gn + t * gt + h * gh;
+    o += row * D;
+    float sum = 0;
+    for (int d = lane; d < D; d += LANES) sum += at[d] * o[d];
+    sum = warp_sum(sum);
+    if (lane == 0) delta[(n * H + h) * T + t] = sum;
+}
+
 template <int WIDTH> struct Backward {
     static constexpr int R = WIDTH > 64 ? 4 : 8, QUERIES = 8 * R;  // two blocks fit an H100's SM
 };

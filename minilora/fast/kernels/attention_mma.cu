@@ -1,5 +1,4 @@
-// Flash attention over bfloat16 on tensor cores, out and back: the algorithm of `attention.cu` and
-// `attention_backward.cu`.
+// Flash attention over bfloat16 on tensor cores: the algorithm of `attention.cu`.
 //
 // A block of 4 warps holds 64 rows, 16 to a warp, and walks over tiles of 64 others.  A warp's
 // product of 16 x 16 by 16 x 8 leaves sums in float32: lane l, with g = l / 4 and t = l % 4, holds
@@ -108,8 +107,6 @@ __device__ void store_sums(bf16* to, const float (&sum)[WIDTH / 8][4], int i, in
     }
 }
 
-// ------------------------------------------------------------------------------- forward
-
 template <int WIDTH>
 __device__ void forward_mma(const bf16* q, const bf16* k, const bf16* v,
                             const long long* positions, bf16* out, float* lse, Strides q_,
@@ -217,130 +214,4 @@ __global__ void __launch_bounds__(THREADS, WIDTH > 64 ? 2 : 3)
                          int D, float scale) {
     forward_mma<WIDTH>(q.at, k.at, v.at, positions, out, lse, {qn, qt, qh}, {kn, kt, kh},
                        {vn, vt, vh}, T, S, H, K, D, scale);
-}
-
-// ------------------------------------------------------------------------------- the way back
-
-template <int WIDTH>
-__global__ void __launch_bounds__(THREADS, 2)
-    attention_backward_q_mma(Strided<const bf16*> q, Strided<const bf16*> k,
-                             Strided<const bf16*> v, Strided<const bf16*> g, const float* lse,
-                             const float* delta, bf16* dq, long long qn, long long qt,
-                             long long qh, long long kn, long long kt, long long kh, long long vn,
-                             long long vt, long long vh, long long gn, long long gt, long long gh,
-                             int T, int H, int K, int D, float scale) {
-    DYNAMIC_SHARED(memory);
-    bf16* queries = (bf16*)memory;
-    bf16* gradients = queries + TILE * ROW<WIDTH>;
-    bf16* keys = gradients + TILE * ROW<WIDTH>;
-    bf16* values = keys + TILE * ROW<WIDTH>;
-
-    const int n = blockIdx.x / H, h = blockIdx.x % H, key_head = h / (H / K);
-    const int start = (gridDim.y - 1 - blockIdx.y) * TILE;
-    const int end = start + TILE < T ? start + TILE : T;
-    const int mine = start + threadIdx.x / LANES * 16 + threadIdx.x % LANES / 4;
-    const int t2 = threadIdx.x % 4 * 2;
-    const bf16* of_keys = k.at + n * kn + key_head * kh;
-    const bf16* of_values = v.at + n * vn + key_head * vh;
-    copy_tile<WIDTH>(queries, q.at + n * qn + start * qt + h * qh, qt, T - start, D);
-    copy_tile<WIDTH>(gradients, g.at + n * gn + start * gt + h * gh, gt, T - start, D);
-    float base[2], slope[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const long long at = ((long long)n * H + h) * T + mine + 8 * i;
-        base[i] = mine + 8 * i < T ? lse[at] : 0;
-        slope[i] = mine + 8 * i < T ? delta[at] : 0;
-    }
-
-    float sum[WIDTH / 8][4] = {};
-    for (int first = 0; first < end; first += TILE) {
-        __syncthreads();  // the tiles before are read
-        copy_tile<WIDTH>(keys, of_keys + first * kt, kt, T - first, D);
-        copy_tile<WIDTH>(values, of_values + first * vt, vt, T - first, D);
-        __syncthreads();
-        float s[8][4], ds[8][4];
-        row_products<WIDTH>(s, queries, keys);
-        row_products<WIDTH>(ds, gradients, values);
-#pragma unroll
-        for (int j = 0; j < 8; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                const int i = e / 2, key = first + 8 * j + t2 + e % 2;
-                const float p = exp2f(s[j][e] * (scale * LOG2_E) - base[i]);
-                ds[j][e] = key <= mine + 8 * i ? p * (ds[j][e] - slope[i]) : 0;
-            }
-        add_products<WIDTH>(sum, ds, keys);
-    }
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-        if (mine + 8 * i < T)
-            store_sums<WIDTH>(dq + (((long long)n * T + mine + 8 * i) * H + h) * D, sum, i, D,
-                              scale);
-}
-
-// Here the rows of a warp are keys, and the tiles that go by are queries.  Those beyond the end
-// have gradients of zero, and add nothing.
-template <int WIDTH>
-__global__ void __launch_bounds__(THREADS, 2)
-    attention_backward_kv_mma(Strided<const bf16*> q, Strided<const bf16*> k,
-                              Strided<const bf16*> v, Strided<const bf16*> g, const float* lse,
-                              const float* delta, bf16* dk, bf16* dv, long long qn, long long qt,
-                              long long qh, long long kn, long long kt, long long kh,
-                              long long vn, long long vt, long long vh, long long gn,
-                              long long gt, long long gh, int T, int H, int K, int D,
-                              float scale) {
-    DYNAMIC_SHARED(memory);
-    bf16* keys = (bf16*)memory;
-    bf16* values = keys + TILE * ROW<WIDTH>;
-    bf16* queries = values + TILE * ROW<WIDTH>;
-    bf16* gradients = queries + TILE * ROW<WIDTH>;
-    __shared__ float bases[TILE], slopes[TILE];
-
-    const int n = blockIdx.x / K, key_head = blockIdx.x % K, group = H / K;
-    const int first = blockIdx.y * TILE;
-    const int mine = first + threadIdx.x / LANES * 16 + threadIdx.x % LANES / 4;
-    const int t2 = threadIdx.x % 4 * 2;
-    copy_tile<WIDTH>(keys, k.at + n * kn + first * kt + key_head * kh, kt, T - first, D);
-    copy_tile<WIDTH>(values, v.at + n * vn + first * vt + key_head * vh, vt, T - first, D);
-
-    float key_sum[WIDTH / 8][4] = {}, value_sum[WIDTH / 8][4] = {};
-    for (int h = key_head * group; h < (key_head + 1) * group; h++) {
-        const long long at = ((long long)n * H + h) * T;
-        for (int start = first; start < T; start += TILE) {
-            __syncthreads();  // the tiles before are read
-            copy_tile<WIDTH>(queries, q.at + n * qn + start * qt + h * qh, qt, T - start, D);
-            copy_tile<WIDTH>(gradients, g.at + n * gn + start * gt + h * gh, gt, T - start, D);
-            if (threadIdx.x < TILE) {
-                const int t = start + threadIdx.x;
-                bases[threadIdx.x] = t < T ? lse[at + t] : 0;
-                slopes[threadIdx.x] = t < T ? delta[at + t] : 0;
-            }
-            __syncthreads();
-            float p[8][4], ds[8][4];
-            row_products<WIDTH>(p, keys, queries);
-#pragma unroll
-            for (int j = 0; j < 8; j++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const int column = 8 * j + t2 + e % 2;
-                    const bool seen = mine + 8 * (e / 2) <= start + column;
-                    p[j][e] = seen ? exp2f(p[j][e] * (scale * LOG2_E) - bases[column]) : 0;
-                }
-            add_products<WIDTH>(value_sum, p, gradients);
-            row_products<WIDTH>(ds, values, gradients);
-#pragma unroll
-            for (int j = 0; j < 8; j++)
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    ds[j][e] = p[j][e] * (ds[j][e] - slopes[8 * j + t2 + e % 2]);
-            add_products<WIDTH>(key_sum, ds, queries);
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        if (mine + 8 * i >= T) continue;
-        const long long at = (((long long)n * T + mine + 8 * i) * K + key_head) * D;
-        store_sums<WIDTH>(dk + at, key_sum, i, D, scale);
-        store_sums<WIDTH>(dv + at, value_sum, i, D, 1);
-    }
 }

@@ -6,7 +6,7 @@
 // shared memory once for each lane, so that no two lanes meet in a bank; x from a tile that all
 // warps of a block share.  PIECE codes share a scale, for a block has 32 or a multiple of it, and
 // rows start where a piece does.  Sums go through the columns in one order, however many rows of x
-// there are.
+// there are, in float32; what is stored is rounded once.
 
 constexpr int PIECE = 32, OUTPUTS = 4, THREADS = 128, FOURS = PIECE / 4;
 
@@ -28,17 +28,19 @@ __device__ inline void load_codes(Piece& piece, const unsigned char* from, bool 
     }
 }
 
-// y (rows, d_out) = x (rows, d_in) Ŵᵀ + bias, which may be null; rows <= ROWS.
+// y (rows, d_out) = x (rows, d_in) Ŵᵀ + more (rows, d_out) + bias, of which the last two may be
+// null; rows <= ROWS.  E is float or bf16.
 //
 // The scale of block b is scales[b], or where its codes are given, as eight bits themselves,
 // offset + scales[b >> code_shift] * meanings[codes[b]].
-template <int ROWS>
+template <typename E, int ROWS>
 __global__ void __launch_bounds__(THREADS)
-    coded_product(float* __restrict__ y, const float* __restrict__ x,
+    coded_product(E* __restrict__ y, const E* __restrict__ x,
                   const unsigned char* __restrict__ packed, const float* __restrict__ scales,
                   const unsigned char* __restrict__ codes, const float* __restrict__ meanings,
-                  float offset, const float* __restrict__ table, const float* __restrict__ bias,
-                  int rows, int d_in, int d_out, int shift, int code_shift) {
+                  float offset, const float* __restrict__ table, const E* __restrict__ more,
+                  const E* __restrict__ bias, int rows, int d_in, int d_out, int shift,
+                  int code_shift) {
     __shared__ float levels[16 * LANES];
     __shared__ __align__(16) float tile[ROWS][FOURS][LANES + 1][4];  // + 1: a column in all banks
     for (int i = threadIdx.x; i < 16 * LANES; i += THREADS) levels[i] = table[i / LANES];
@@ -69,10 +71,10 @@ __global__ void __launch_bounds__(THREADS)
             const int r = i / (FOURS * LANES), four = i % (FOURS * LANES);
             Floats<4> a = {};
             if (r < rows && 4 * four < width) {
-                const float* from = x + (long long)r * d_in + start + 4 * four;
+                const E* from = x + (long long)r * d_in + start + 4 * four;
                 if (wide_x) a = load(from, Width<4>());
                 else
-                    for (int j = 0; j < 4; j++) a.v[j] = from[j];
+                    for (int j = 0; j < 4; j++) a.v[j] = load(from + j, Width<1>()).v[0];
             }
             store(tile[r][four % FOURS][four / FOURS], a);
         }
@@ -112,8 +114,12 @@ __global__ void __launch_bounds__(THREADS)
     for (int o = 0; o < OUTPUTS; o++)
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-            const float sum = warp_sum(sums[o][r]);
-            if (lane == 0 && r < rows && first + o < d_out)
-                y[(long long)r * d_out + first + o] = sum + (bias ? bias[first + o] : 0.0f);
+            float sum = warp_sum(sums[o][r]);
+            if (lane == 0 && r < rows && first + o < d_out) {
+                const long long at = (long long)r * d_out + first + o;
+                sum += more ? load(more + at, Width<1>()).v[0] : 0;
+                sum += bias ? load(bias + first + o, Width<1>()).v[0] : 0;
+                store(y + at, Floats<1>{{sum}});
+            }
         }
 }
