@@ -15,7 +15,7 @@ from minilora.engine import tensor
 from minilora.engine.loss import cross_entropy
 from minilora.engine.rules import wide
 from minilora.engine.tensor import Op
-from minilora.lab import gpu_check
+from minilora.lab import gpu_check, gpu_gaps
 from minilora.lab import gpu_speed as speed
 from minilora.lab.bench_shapes import Shape
 from minilora.lab.gpu_report import gpu_report
@@ -23,8 +23,8 @@ from minilora.lab.op_samples import SAMPLES
 
 WRITER = Shape(batch=2, time=20, vocab=29, width=32, layers=1, heads=4, key_heads=2, hidden=64)
 SMALL = gpu_check.GpuCheckConfig(width=32, layers=1, length=16, batch=2, rounds=2, size=1 << 14,
-                                 product=16, race=None, decode=WRITER, new_tokens=8, spike=250,
-                                 watch=False)  # fmt: skip
+                                 product=16, race=(), decode=WRITER, new_tokens=8, spike=250,
+                                 curve=3, watch=False)  # fmt: skip
 
 
 def engine_ops() -> set[str]:
@@ -76,7 +76,7 @@ def test_a_wrong_rule_for_bf16_fails_it(device, monkeypatch):
     mul = tensor.mul.specification
     wrong = lambda xp, a, b: tensor.mul.rounded(mul(xp, 1.02 * wide(a), wide(b)), (a, b))
     monkeypatch.setitem(tensor.mul.fast, "cupy bf16", wrong)
-    rows = [gpu_check.op_gap(s, np.random.default_rng(0), "bf16") for s in SAMPLES
+    rows = [gpu_gaps.op_gap(s, np.random.default_rng(0), "bf16") for s in SAMPLES
             if s.op.__name__ in ("mul", "sub")]  # fmt: skip
     assert {row["op"]: gpu_check.within(row) for row in rows} == {"mul": False, "sub": True}
     assert all(row["limit"] == 1e-2 for row in rows)
@@ -120,10 +120,18 @@ def test_the_record_holds_rates_and_costs(cupy):
     assert moved["nf4 dequantize"] == SMALL.size * (1 + 1 / 8 + 1 / 64)
     of_codes = SMALL.size * (1 / 2 + 1 / 16) + 4 * 4096 + 4 * SMALL.size // 4096
     assert moved["nf4 product, 1 row"] == of_codes
+    for name in ("rms_norm", "layer_norm, there and back", "gelu", "swiglu", "rope"):
+        assert 2 * moved[f"{name}, bf16"] == moved[name]
+    assert moved["nf4 dequantize, bf16"] == moved["nf4 dequantize"] - SMALL.size / 2
+    assert moved["nf4 product, 1 row, bf16"] == of_codes - (4 * 4096 + 4 * SMALL.size // 4096) / 2
     assert all(row["tflop_s"] > 0 for row in record["products"])
-    assert len(record["products"]) >= 4
+    assert {(row["product"], row["dtype"]) for row in record["products"]} >= {
+        ("CuPy", "float32"), ("attention", "float32"), ("attention", "bf16"),
+        ("attention, there and back", "bf16"),
+    }  # fmt: skip
+    assert {row["dtype"] for row in record["products"] if row["product"] == "CuPy"} == {"float32"}
     assert "an op (rms_norm)" in record["launches"]
-    assert [row["to_host"] + row["to_device"] for row in record["timing"]] == [0, 0, 0, 0]
+    assert [row["to_host"] + row["to_device"] for row in record["timing"]] == [0] * 5
     report = gpu_report(record)
     for word in ("of a copy", "TFLOP/s", "us of the host", "captured ms"):
         assert word in report
@@ -136,8 +144,9 @@ def test_a_call_is_timed(cupy):
 def test_what_does_not_fit_in_the_time_is_named(cupy):
     record = gpu_check.gpu_check(gpu_check.GpuCheckConfig(seconds=-1))
     assert record["ops"] == record["steps"] == record["kernels"] == []
-    assert {"kernels", "products", "launches", "steps, qlora", "spike", "decoding",
-            "minilora, captured", "torch + PEFT, eager", "compute-sanitizer, racecheck",
+    assert {"kernels", "products", "launches", "steps, qlora bf16", "losses, bf16", "spike",
+            "decoding", "bf16, 8 x 512: minilora, captured", "bf16, 16 x 1024: torch + PEFT, eager",
+            "float32, 8 x 512: torch + PEFT, torch.compile", "compute-sanitizer, racecheck",
             } <= set(record["left_out"])  # fmt: skip
     assert not record["passed"]
     report = gpu_report(record)
@@ -189,7 +198,7 @@ def test_a_step_that_waits_fails_it(cupy, monkeypatch):
 
     monkeypatch.setattr(speed, "loss_of", waiting)
     record = gpu_check.gpu_check(SMALL)
-    assert [row["to_host"] for row in record["timing"]] == [1, 1, 1, 1]
+    assert [row["to_host"] for row in record["timing"]] == [1] * 5
     assert not record["passed"]
 
 
@@ -198,11 +207,11 @@ def by_logits(model, batch, rng):
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("style", ["gpt2", "qlora", "bf16"])
+@pytest.mark.parametrize("style", ["gpt2", "qlora", "bf16", "qlora bf16"])
 def test_eager_and_captured_steps_are_compared(cupy, style, monkeypatch):
     monkeypatch.setattr(speed, "loss_of", by_logits)
-    model = gpu_check.model_for(style, 32, 1, 16)
-    make = lambda: gpu_check.tree_to_device(model, "cuda")
+    model = gpu_gaps.model_for(style, 32, 1, 16)
+    make = lambda: gpu_gaps.tree_to_device(model, "cuda")
     with fakes(cupy):
         entry = speed.step_times(cupy, make, (4, 16), 2)
         assert entry["why_eager"] is None
