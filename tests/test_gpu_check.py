@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from types import ModuleType
 
 import numpy as np
@@ -19,12 +20,20 @@ from minilora.lab import gpu_check, gpu_gaps
 from minilora.lab import gpu_speed as speed
 from minilora.lab.bench_shapes import Shape
 from minilora.lab.gpu_report import gpu_report
+from minilora.lab.gpu_speed import milliseconds
 from minilora.lab.op_samples import SAMPLES
 
 WRITER = Shape(batch=2, time=20, vocab=29, width=32, layers=1, heads=4, key_heads=2, hidden=64)
 SMALL = gpu_check.GpuCheckConfig(width=32, layers=1, length=16, batch=2, rounds=2, size=1 << 14,
                                  product=16, race=(), decode=WRITER, new_tokens=8, spike=250,
-                                 curve=3, watch=False)  # fmt: skip
+                                 curve=2, watch=False)  # fmt: skip
+QUICK = replace(SMALL, decode=None, curve=0)
+
+
+@pytest.fixture(autouse=True)
+def each_call_once(monkeypatch):
+    """What is timed is called once, and said to take a millisecond."""
+    monkeypatch.setattr(speed, "milliseconds", lambda cupy, call: (call(), 1.0)[1])
 
 
 def engine_ops() -> set[str]:
@@ -49,10 +58,15 @@ def test_without_a_device_it_says_so_and_is_no_failure(device, monkeypatch):
     assert "no device" in gpu_check.gpu_check(SMALL)["skipped"]
 
 
-def test_it_passes_on_the_stand_in(device):
+@pytest.fixture(scope="module")
+def record(device):
+    """Of a whole check."""
     if device != "cuda":
         pytest.skip("needs a device or its stand-in")
-    record = gpu_check.gpu_check(SMALL)
+    return gpu_check.gpu_check(SMALL)
+
+
+def test_it_passes_on_the_stand_in(record):
     assert record["passed"], gpu_report(record)
     assert json.loads(json.dumps(record))["passed"]
     assert "passed" in gpu_report(record)
@@ -63,7 +77,7 @@ def test_a_wrong_rule_on_the_device_fails_it(device, monkeypatch):
         pytest.skip("needs a device or its stand-in")
     wrong = lambda xp, a, b: (a * b, (lambda g: g * b, lambda g: (g * a * 1.001).sum((0, 1))))
     monkeypatch.setitem(tensor.mul.fast, "cupy", wrong)
-    record = gpu_check.gpu_check(SMALL)
+    record = gpu_check.gpu_check(QUICK)
     assert not record["passed"]
     bad = [row for row in record["ops"] if not gpu_check.within(row)]
     assert [(row["op"], row["rules"]) for row in bad] == [("mul", "fast")]
@@ -101,8 +115,7 @@ def cupy(device, xp):
     return xp
 
 
-def test_the_record_holds_rates_and_costs(cupy):
-    record = gpu_check.gpu_check(SMALL)
+def test_the_record_holds_rates_and_costs(cupy, record):
     rates = {row["kernel"]: row for row in record["kernels"]}
     assert rates["copy"]["of_copy"] == 1
     assert {
@@ -138,7 +151,7 @@ def test_the_record_holds_rates_and_costs(cupy):
 
 
 def test_a_call_is_timed(cupy):
-    assert 2 <= speed.milliseconds(cupy, lambda: time.sleep(0.002), least=0.004) < 100
+    assert 2 <= milliseconds(cupy, lambda: time.sleep(0.002), least=0.004) < 100
 
 
 def test_what_does_not_fit_in_the_time_is_named(cupy):
@@ -161,7 +174,7 @@ def test_a_part_that_raises_is_recorded_and_the_others_run(cupy, monkeypatch):
         raise RuntimeError("an illegal memory access")
 
     monkeypatch.setattr(speed, "launch_costs", broken)
-    record = gpu_check.gpu_check(SMALL)
+    record = gpu_check.gpu_check(QUICK)
     assert record["errors"] == {"launches": "RuntimeError: an illegal memory access"}
     assert record["kernels"]
     assert not record["passed"]
@@ -197,7 +210,7 @@ def test_a_step_that_waits_fails_it(cupy, monkeypatch):
         return value
 
     monkeypatch.setattr(speed, "loss_of", waiting)
-    record = gpu_check.gpu_check(SMALL)
+    record = gpu_check.gpu_check(QUICK)
     assert [row["to_host"] for row in record["timing"]] == [1] * 5
     assert not record["passed"]
 
@@ -218,10 +231,21 @@ def test_eager_and_captured_steps_are_compared(cupy, style, monkeypatch):
         assert entry["same_bits"] is True
         assert entry["captured_ms"] > 0
         assert entry["to_host"] == entry["to_device"] == 0
+
+
+@pytest.mark.usefixtures("kernels")
+def test_with_kernels_there_are_more_rates(cupy):
+    with fakes(cupy):
         costs = speed.launch_costs(cupy, 3)
         assert {"a kernel", "a product of ours", "a graph of 20 kernels"} <= costs.keys()
         found = speed.product_speeds(cupy, 16, lambda: False)
-        assert any(row["product"].startswith("cuBLAS") for row in found)
+        assert {(row["product"], row["dtype"]) for row in found} >= {
+            ("cuBLAS", "float32"), ("cuBLAS", "bf16"), ("attention", "bf16"),
+        }  # fmt: skip
+        rows = speed.kernel_speeds(cupy, 1 << 13, lambda: False)
+        assert {"rope, bf16", "nf4 dequantize, bf16", "nf4 product, 8 rows, bf16"} <= {
+            row["kernel"] for row in rows
+        }
 
 
 @contextmanager

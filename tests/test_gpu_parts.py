@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cuda_cpu import fakeblas, fakegraph
 from cuda_cpu.checks import kernels  # noqa: F401
-from test_gpu_check import SMALL, WRITER
+from test_gpu_check import QUICK, SMALL, WRITER, each_call_once  # noqa: F401
 
 from minilora.engine import tensor
 from minilora.engine.bf16 import BFLOAT16
@@ -48,7 +48,7 @@ def graphs(cupy, kernels):  # noqa: F811
 
 def test_without_torch_the_race_says_so_and_the_check_passes(cupy, monkeypatch):
     monkeypatch.setattr(gpu_race, "missing", list)
-    record = gpu_check.gpu_check(replace(SMALL, race=((TINY, "float32"), (TINY, "bf16")), rank=4))
+    record = gpu_check.gpu_check(replace(QUICK, race=((TINY, "float32"), (TINY, "bf16")), rank=4))
     assert record["passed"], gpu_report(record)
     missing = "torch, peft, transformers not installed"
     assert record["races"] == ["float32, 4 x 16", "bf16, 4 x 16"]
@@ -190,7 +190,7 @@ def test_pages_that_keep_their_room_do_not_survive(cupy, monkeypatch):
     monkeypatch.setattr(Pager, "shrink", lambda self, slots: None)
     with pytest.raises(MemoryError):
         gpu_spike.memory_spike(cupy, 250)
-    record = gpu_check.gpu_check(SMALL)
+    record = gpu_check.gpu_check(QUICK)
     assert "spike" in record["errors"]
     assert not record["passed"]
 
@@ -244,7 +244,7 @@ def test_where_there_is_none_it_is_named(monkeypatch):
 def test_a_finding_fails_the_check(cupy, monkeypatch):
     finding = lambda tool, command, left: {"tool": tool, "clean": tool == "racecheck", "said": ""}
     monkeypatch.setattr(gpu_check, "watched", finding)
-    record = gpu_check.gpu_check(replace(SMALL, watch=True))
+    record = gpu_check.gpu_check(replace(QUICK, watch=True))
     assert not record["passed"]
     assert ["compute-sanitizer, memcheck", "yes", "no", "no"] in goals(record)
     assert ["compute-sanitizer, racecheck", "yes", "yes", "yes"] in goals(record)

@@ -35,7 +35,7 @@ class GpuCheckConfig:
     """What is checked, and for how long steps are timed."""
 
     seed: int = 0
-    curve: int = 200  # steps of the losses that are compared
+    curve: int = 200  # steps of the losses that are compared; 0: none
     width: int = 256  # of the model whose step is timed: S1 of the benchmarks
     layers: int = 4
     length: int = 128
@@ -139,7 +139,8 @@ def gpu_check(config: GpuCheckConfig) -> dict[str, Any]:
         "8-bit AdamW": eight_bit_gap,
     })  # fmt: skip
     record["curves"] = each({
-        f"losses, {s}": partial(loss_curve, s, config.curve, config.seed) for s in CURVES
+        f"losses, {s}": partial(loss_curve, s, config.curve, config.seed)
+        for s in (CURVES if config.curve else ())
     })  # fmt: skip
     record["spike"] = attempt("spike", partial(memory_spike, cupy, config.spike), {})
     done("what is right")
