@@ -96,6 +96,19 @@ def test_a_wrong_rule_for_bf16_fails_it(device, monkeypatch):
     assert all(row["limit"] == 1e-2 for row in rows)
 
 
+def test_the_command_writes_the_record_and_its_figures(record, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from minilora.cli import main
+
+    monkeypatch.setattr(gpu_check, "gpu_check", lambda config: record)
+    assert main(["gpu-check", "--out", str(tmp_path / "gpu")]) == 0
+    assert json.loads((tmp_path / "gpu" / "gpu_check.json").read_text())["passed"]
+    drawn = {path.name for path in (tmp_path / "gpu").glob("*.png")}
+    assert drawn == {"gpu_kernels.png", "gpu_curves.png"}  # there was no race
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("gpu_check.json", *drawn))
+
+
 def test_the_command_says_skipped_and_exits_with_zero(device, monkeypatch, tmp_path, capsys):
     from minilora.cli import main
 

@@ -24,7 +24,7 @@ OURS = ("minilora, eager", "minilora, captured", "minilora, captured, NF4 base")
 EAGER, COMPILED = "torch + PEFT, eager", "torch + PEFT, torch.compile"
 LIMITS = {EAGER: 60.0, COMPILED: 110.0}  # seconds for torch, imports and compilation included
 PEERS = ("torch", "peft", "transformers")
-AGREE = {"float32": 1e-4, "bf16": 2e-3}  # first losses, relative
+AGREE = {"float32": 1e-4, "bf16": 1e-3}  # first losses, relative; on the CPU 1e-7 and 1e-4
 
 tree_of = lru_cache(maxsize=1)(starting_tree)  # to draw it takes longer than to run the steps
 
