@@ -17,7 +17,7 @@ from .bench_shapes import Shape
 from .gpu_curve import CURVES, loss_curve
 from .gpu_decode import decode_speeds
 from .gpu_gaps import STYLES, code_gap, eight_bit_gap, model_for, op_gap, page_gap, step_gap
-from .gpu_race import COMPILED, EAGER, OURS, losses_agree, precision_of, race_name, racers, tidy
+from .gpu_race import COMPILED, EAGER, OURS, losses_agree, precision_of, race_name, racers
 from .gpu_report import survived, within
 from .gpu_spike import memory_spike
 from .gpu_watch import TOOLS, watched
@@ -76,20 +76,22 @@ def gpu_check(config: GpuCheckConfig) -> dict[str, Any]:
     What is right comes first, what is fast after it, the most wanted first.  A part that raises
     is recorded with its error; one that `seconds` leave no time for is named in `left_out`.
     Nothing starts after `seconds`, and no other process gets more than what is left of them: the
-    whole ends within 9 minutes.  The budget, in seconds; but for the host's part all of it is
-    estimated, for no card has run it yet:
+    whole ends within 9 minutes.  `spent` says when each group was done.  The budget, in seconds;
+    "host" was measured on two slow cores, all else is estimated, for no card has run it yet:
 
-        ops, codes, steps, optimizers, their kernels compiled        90
-        200 steps three times: on the host 15 (measured), the card   20
-        spike, decoding                                              30
-        kernels, products, launches                                  20
-        our steps of three races: 6 trees drawn on the host at
-        3 to 6 (measured), and 9 times 3 to run                      55
-        torch eager, three times: imports 10 to 20, a tree, steps    75  (60 each at most)
-        step times                                                   20
-        torch.compile in bfloat16, two shapes                       150  (110 each at most)
-        compute-sanitizer                                            40  (90 each at most)
-        torch.compile in float32: what is left, if anything is
+        ops, codes, steps, optimizers, spike; their kernels compiled    80
+        200 steps, three models: 15 on the host, twice 2 on the card    20
+        decoding, four models in two ways                               25
+        launches, kernels, products                                     15
+        our steps in three races: six trees at 3 to 5 on the host,
+        and nine times 3 on the card                                    50
+        torch eager, three times: 10 on the host to import, 5 for a
+        tree, 10 to build, move and run                                 75  (60 each at most)
+        step times                                                      20
+        torch.compile in bfloat16, two shapes                          150  (110 each at most)
+        compute-sanitizer, two tools                                    60  (90 each at most)
+        in all                                                         495
+        torch.compile in float32, the least wanted: what is left, if anything is
     """
     reason = why_not()
     record: dict[str, Any] = {"kind": "gpu-check", "config": asdict(config)}
@@ -168,7 +170,6 @@ def gpu_check(config: GpuCheckConfig) -> dict[str, Any]:
     def run_race(*contenders: str, dtypes: tuple[str, ...] = ("bf16", "float32")) -> None:
         for race, calls in races.items():
             for name in contenders if precision_of(race) in dtypes else ():
-                tidy(cupy)
                 row = attempt(f"{race}: {name}", calls[name])
                 record["race"] += [] if row is None else [{"race": race, "step": name} | row]
 

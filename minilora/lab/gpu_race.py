@@ -59,18 +59,18 @@ def racers(
     for name, contender in ((EAGER, "torch"), (COMPILED, "compile")):
         theirs = replace(job, contender=contender)
         calls[name] = partial(torch_step, theirs, rounds, LIMITS[name], left)
-    return calls
+    return {name: partial(on_a_free_card, cupy, call) for name, call in calls.items()}
 
 
-def tidy(cupy: Any) -> None:
-    """Give back to the card what the last contender and its graph have held."""
+def on_a_free_card(cupy: Any, call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The call, once the card has back what the last contender and its graph have held."""
     gc.collect()
     cupy.get_default_memory_pool().free_all_blocks()
+    return call()
 
 
 def our_step(cupy: Any, job: Job, rounds: int, captured: bool) -> dict[str, Any]:
     """Steps of minilora in this process."""
-    tidy(cupy)
     pool = cupy.get_default_memory_pool()
     batch, scored = tokens(job).take(np.arange(job.shape.batch), "cuda")
     before = pool.total_bytes()

@@ -79,8 +79,8 @@ def goals(record: dict[str, Any]) -> list[list[str]]:
     rows = [
         at_most("worst gap to float64", TOLERANCE, worst[TOLERANCE], "{:.0e}"),
         at_most("the same in bf16", LIMITS["bf16"], worst[LIMITS["bf16"]], "{:.0e}"),
-        *(at_most(f"losses of {len(r['device'])} steps, {r['curve']}", r["limit"], r["gap"],
-                  "{:.0e}") for r in record["curves"]),
+        *([at_most(f"losses of {len(r['device'])} steps, {r['curve']}", r["limit"], r["gap"],
+                   "{:.0e}") for r in record["curves"]] or [["losses", "-", "-", "not run"]]),
         holds("the same bits run after run", [r["repeats"] for r in gaps + record["curves"]]),
         holds("the same bits captured", [row["same_bits"] for row in record["timing"]]),
         holds("the same tokens captured", [row["same_tokens"] for row in record["decoding"]]),
@@ -96,7 +96,8 @@ def goals(record: dict[str, Any]) -> list[list[str]]:
     rows.append(at_least("attention in bf16, TFLOP/s", ATTENTION, rate, "{:.0f}"))
     rows += [judged(f"decoding, {r['decoding']}, tokens/s", "known", r["tokens_s"], "{:.0f}",
                     lambda rate: rate > 0)
-             for r in record["decoding"] if "captured" in r["decoding"]]  # fmt: skip
+             for r in record["decoding"] if "captured" in r["decoding"]
+            ] or [["decoding, tokens/s", "known", "-", "not run"]]  # fmt: skip
     for row in record["watch"]:
         name, why = f"compute-sanitizer, {row['tool']}", row.get("not run")
         rows.append(holds(name, [row["clean"]] if why is None else [], why))
