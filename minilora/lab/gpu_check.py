@@ -85,10 +85,10 @@ def gpu_check(config: GpuCheckConfig) -> dict[str, Any]:
         launches, kernels, products                                     15
         our steps in three races: six trees at 3 to 5 on the host,
         and nine times 3 on the card                                    50
-        torch eager, three times: 10 on the host to import, 5 for a
-        tree, 10 to build, move and run                                 75  (60 each at most)
+        torch eager, three times: on the host 9 to import, 5 for a
+        tree, 3 to build it; then CUDA, and 25 steps                    75  (80 each at most)
         step times                                                      20
-        torch.compile in bfloat16, two shapes                          150  (110 each at most)
+        torch.compile in bfloat16, two shapes                          150  (120 each at most)
         compute-sanitizer, two tools                                    60  (90 each at most)
         in all                                                         495
         torch.compile in float32, the least wanted: what is left, if anything is

@@ -22,7 +22,7 @@ from .bench_worker import Worker
 
 OURS = ("minilora, eager", "minilora, captured", "minilora, captured, NF4 base")
 EAGER, COMPILED = "torch + PEFT, eager", "torch + PEFT, torch.compile"
-LIMITS = {EAGER: 60.0, COMPILED: 110.0}  # seconds for torch, imports and compilation included
+LIMITS = {EAGER: 80.0, COMPILED: 120.0}  # seconds for torch, imports and compilation included
 PEERS = ("torch", "peft", "transformers")
 AGREE = {"float32": 1e-4, "bf16": 1e-3}  # first losses, relative; on the CPU 1e-7 and 1e-4
 
