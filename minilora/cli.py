@@ -214,6 +214,7 @@ def run_book(args: argparse.Namespace) -> int:
 def run_gpu_check(args: argparse.Namespace) -> int:
     from .files.atomic import replace_file
     from .lab.gpu_check import GpuCheckConfig, gpu_check
+    from .lab.gpu_figures import gpu_figures
     from .lab.gpu_report import gpu_report
 
     record = gpu_check(GpuCheckConfig(seed=args.seed))
@@ -224,6 +225,11 @@ def run_gpu_check(args: argparse.Namespace) -> int:
     path = args.out / "gpu_check.json"
     replace_file(path, json.dumps(record, indent=1).encode() + b"\n")
     print(f"record   {path}")
+    try:
+        for figure in gpu_figures(record, args.out):
+            print(f"figure   {figure}")
+    except MiniloraError as error:  # no matplotlib
+        print(error)
     return 0 if record["passed"] else 1
 
 

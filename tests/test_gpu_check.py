@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from types import ModuleType
 
 import numpy as np
@@ -15,16 +16,24 @@ from minilora.engine import tensor
 from minilora.engine.loss import cross_entropy
 from minilora.engine.rules import wide
 from minilora.engine.tensor import Op
-from minilora.lab import gpu_check
+from minilora.lab import gpu_check, gpu_gaps
 from minilora.lab import gpu_speed as speed
 from minilora.lab.bench_shapes import Shape
 from minilora.lab.gpu_report import gpu_report
+from minilora.lab.gpu_speed import milliseconds
 from minilora.lab.op_samples import SAMPLES
 
 WRITER = Shape(batch=2, time=20, vocab=29, width=32, layers=1, heads=4, key_heads=2, hidden=64)
 SMALL = gpu_check.GpuCheckConfig(width=32, layers=1, length=16, batch=2, rounds=2, size=1 << 14,
-                                 product=16, race=None, decode=WRITER, new_tokens=8, spike=250,
-                                 watch=False)  # fmt: skip
+                                 product=16, race=(), decode=WRITER, new_tokens=8, spike=250,
+                                 curve=2, watch=False)  # fmt: skip
+QUICK = replace(SMALL, decode=None, curve=0)
+
+
+@pytest.fixture(autouse=True)
+def each_call_once(monkeypatch):
+    """What is timed is called once, and said to take a millisecond."""
+    monkeypatch.setattr(speed, "milliseconds", lambda cupy, call: (call(), 1.0)[1])
 
 
 def engine_ops() -> set[str]:
@@ -49,10 +58,15 @@ def test_without_a_device_it_says_so_and_is_no_failure(device, monkeypatch):
     assert "no device" in gpu_check.gpu_check(SMALL)["skipped"]
 
 
-def test_it_passes_on_the_stand_in(device):
+@pytest.fixture(scope="module")
+def record(device):
+    """Of a whole check."""
     if device != "cuda":
         pytest.skip("needs a device or its stand-in")
-    record = gpu_check.gpu_check(SMALL)
+    return gpu_check.gpu_check(SMALL)
+
+
+def test_it_passes_on_the_stand_in(record):
     assert record["passed"], gpu_report(record)
     assert json.loads(json.dumps(record))["passed"]
     assert "passed" in gpu_report(record)
@@ -63,7 +77,7 @@ def test_a_wrong_rule_on_the_device_fails_it(device, monkeypatch):
         pytest.skip("needs a device or its stand-in")
     wrong = lambda xp, a, b: (a * b, (lambda g: g * b, lambda g: (g * a * 1.001).sum((0, 1))))
     monkeypatch.setitem(tensor.mul.fast, "cupy", wrong)
-    record = gpu_check.gpu_check(SMALL)
+    record = gpu_check.gpu_check(QUICK)
     assert not record["passed"]
     bad = [row for row in record["ops"] if not gpu_check.within(row)]
     assert [(row["op"], row["rules"]) for row in bad] == [("mul", "fast")]
@@ -76,10 +90,23 @@ def test_a_wrong_rule_for_bf16_fails_it(device, monkeypatch):
     mul = tensor.mul.specification
     wrong = lambda xp, a, b: tensor.mul.rounded(mul(xp, 1.02 * wide(a), wide(b)), (a, b))
     monkeypatch.setitem(tensor.mul.fast, "cupy bf16", wrong)
-    rows = [gpu_check.op_gap(s, np.random.default_rng(0), "bf16") for s in SAMPLES
+    rows = [gpu_gaps.op_gap(s, np.random.default_rng(0), "bf16") for s in SAMPLES
             if s.op.__name__ in ("mul", "sub")]  # fmt: skip
     assert {row["op"]: gpu_check.within(row) for row in rows} == {"mul": False, "sub": True}
     assert all(row["limit"] == 1e-2 for row in rows)
+
+
+def test_the_command_writes_the_record_and_its_figures(record, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from minilora.cli import main
+
+    monkeypatch.setattr(gpu_check, "gpu_check", lambda config: record)
+    assert main(["gpu-check", "--out", str(tmp_path / "gpu")]) == 0
+    assert json.loads((tmp_path / "gpu" / "gpu_check.json").read_text())["passed"]
+    drawn = {path.name for path in (tmp_path / "gpu").glob("*.png")}
+    assert drawn == {"gpu_kernels.png", "gpu_curves.png"}  # there was no race
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("gpu_check.json", *drawn))
 
 
 def test_the_command_says_skipped_and_exits_with_zero(device, monkeypatch, tmp_path, capsys):
@@ -101,8 +128,7 @@ def cupy(device, xp):
     return xp
 
 
-def test_the_record_holds_rates_and_costs(cupy):
-    record = gpu_check.gpu_check(SMALL)
+def test_the_record_holds_rates_and_costs(cupy, record):
     rates = {row["kernel"]: row for row in record["kernels"]}
     assert rates["copy"]["of_copy"] == 1
     assert {
@@ -120,24 +146,33 @@ def test_the_record_holds_rates_and_costs(cupy):
     assert moved["nf4 dequantize"] == SMALL.size * (1 + 1 / 8 + 1 / 64)
     of_codes = SMALL.size * (1 / 2 + 1 / 16) + 4 * 4096 + 4 * SMALL.size // 4096
     assert moved["nf4 product, 1 row"] == of_codes
+    for name in ("rms_norm", "layer_norm, there and back", "gelu", "swiglu", "rope"):
+        assert 2 * moved[f"{name}, bf16"] == moved[name]
+    assert moved["nf4 dequantize, bf16"] == moved["nf4 dequantize"] - SMALL.size / 2
+    assert moved["nf4 product, 1 row, bf16"] == of_codes - (4 * 4096 + 4 * SMALL.size // 4096) / 2
     assert all(row["tflop_s"] > 0 for row in record["products"])
-    assert len(record["products"]) >= 4
+    assert {(row["product"], row["dtype"]) for row in record["products"]} >= {
+        ("CuPy", "float32"), ("attention", "float32"), ("attention", "bf16"),
+        ("attention, there and back", "bf16"),
+    }  # fmt: skip
+    assert {row["dtype"] for row in record["products"] if row["product"] == "CuPy"} == {"float32"}
     assert "an op (rms_norm)" in record["launches"]
-    assert [row["to_host"] + row["to_device"] for row in record["timing"]] == [0, 0, 0, 0]
+    assert [row["to_host"] + row["to_device"] for row in record["timing"]] == [0] * 5
     report = gpu_report(record)
     for word in ("of a copy", "TFLOP/s", "us of the host", "captured ms"):
         assert word in report
 
 
 def test_a_call_is_timed(cupy):
-    assert 2 <= speed.milliseconds(cupy, lambda: time.sleep(0.002), least=0.004) < 100
+    assert 2 <= milliseconds(cupy, lambda: time.sleep(0.002), least=0.004) < 100
 
 
 def test_what_does_not_fit_in_the_time_is_named(cupy):
     record = gpu_check.gpu_check(gpu_check.GpuCheckConfig(seconds=-1))
     assert record["ops"] == record["steps"] == record["kernels"] == []
-    assert {"kernels", "products", "launches", "steps, qlora", "spike", "decoding",
-            "minilora, captured", "torch + PEFT, eager", "compute-sanitizer, racecheck",
+    assert {"kernels", "products", "launches", "steps, qlora bf16", "losses, bf16", "spike",
+            "decoding", "bf16, 8 x 512: minilora, captured", "bf16, 16 x 1024: torch + PEFT, eager",
+            "float32, 8 x 512: torch + PEFT, torch.compile", "compute-sanitizer, racecheck",
             } <= set(record["left_out"])  # fmt: skip
     assert not record["passed"]
     report = gpu_report(record)
@@ -152,7 +187,7 @@ def test_a_part_that_raises_is_recorded_and_the_others_run(cupy, monkeypatch):
         raise RuntimeError("an illegal memory access")
 
     monkeypatch.setattr(speed, "launch_costs", broken)
-    record = gpu_check.gpu_check(SMALL)
+    record = gpu_check.gpu_check(QUICK)
     assert record["errors"] == {"launches": "RuntimeError: an illegal memory access"}
     assert record["kernels"]
     assert not record["passed"]
@@ -188,8 +223,8 @@ def test_a_step_that_waits_fails_it(cupy, monkeypatch):
         return value
 
     monkeypatch.setattr(speed, "loss_of", waiting)
-    record = gpu_check.gpu_check(SMALL)
-    assert [row["to_host"] for row in record["timing"]] == [1, 1, 1, 1]
+    record = gpu_check.gpu_check(QUICK)
+    assert [row["to_host"] for row in record["timing"]] == [1] * 5
     assert not record["passed"]
 
 
@@ -198,21 +233,32 @@ def by_logits(model, batch, rng):
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("style", ["gpt2", "qlora", "bf16"])
+@pytest.mark.parametrize("style", ["gpt2", "qlora", "bf16", "qlora bf16"])
 def test_eager_and_captured_steps_are_compared(cupy, style, monkeypatch):
     monkeypatch.setattr(speed, "loss_of", by_logits)
-    model = gpu_check.model_for(style, 32, 1, 16)
-    make = lambda: gpu_check.tree_to_device(model, "cuda")
+    model = gpu_gaps.model_for(style, 32, 1, 16)
+    make = lambda: gpu_gaps.tree_to_device(model, "cuda")
     with fakes(cupy):
         entry = speed.step_times(cupy, make, (4, 16), 2)
         assert entry["why_eager"] is None
         assert entry["same_bits"] is True
         assert entry["captured_ms"] > 0
         assert entry["to_host"] == entry["to_device"] == 0
+
+
+@pytest.mark.usefixtures("kernels")
+def test_with_kernels_there_are_more_rates(cupy):
+    with fakes(cupy):
         costs = speed.launch_costs(cupy, 3)
         assert {"a kernel", "a product of ours", "a graph of 20 kernels"} <= costs.keys()
         found = speed.product_speeds(cupy, 16, lambda: False)
-        assert any(row["product"].startswith("cuBLAS") for row in found)
+        assert {(row["product"], row["dtype"]) for row in found} >= {
+            ("cuBLAS", "float32"), ("cuBLAS", "bf16"), ("attention", "bf16"),
+        }  # fmt: skip
+        rows = speed.kernel_speeds(cupy, 1 << 13, lambda: False)
+        assert {"rope, bf16", "nf4 dequantize, bf16", "nf4 product, 8 rows, bf16"} <= {
+            row["kernel"] for row in rows
+        }
 
 
 @contextmanager

@@ -1,5 +1,5 @@
-"""The parts of the check for a card that race, write, spike and watch: each says what it found, or
-why it did not run."""
+"""The parts of the check for a card that train, write, spike and watch: each says what it found,
+or why it did not run."""
 
 import os
 from dataclasses import replace
@@ -8,14 +8,21 @@ import numpy as np
 import pytest
 from cuda_cpu import fakeblas, fakegraph
 from cuda_cpu.checks import kernels  # noqa: F401
-from test_gpu_check import SMALL, WRITER
+from test_gpu_check import QUICK, SMALL, WRITER, each_call_once  # noqa: F401
 
 from minilora.engine import tensor
-from minilora.engine.errors import MiniloraError
-from minilora.lab import gpu_check, gpu_decode, gpu_race, gpu_spike, gpu_watch
+from minilora.lab import (
+    gpu_check,
+    gpu_curve,
+    gpu_decode,
+    gpu_gaps,
+    gpu_race,
+    gpu_spike,
+    gpu_watch,
+)
 from minilora.lab.bench_ours import whole_loss
-from minilora.lab.bench_shapes import SHAPES, Job, starting_tree, tokens
-from minilora.lab.gpu_report import goals, gpu_report, survived
+from minilora.lab.bench_shapes import SHAPES
+from minilora.lab.gpu_report import goals, survived, within
 from minilora.optim.pager import Pager
 
 TINY = SHAPES["tiny"]
@@ -39,53 +46,34 @@ def graphs(cupy, kernels):  # noqa: F811
         yield
 
 
-# -------------------------------------------------------------------------------- the race
+# -------------------------------------------------------------------------------- the curve
 
 
-def test_without_torch_the_race_says_so_and_the_check_passes(cupy, monkeypatch):
-    monkeypatch.setattr(gpu_race, "missing", list)
-    record = gpu_check.gpu_check(replace(SMALL, race=TINY, rank=4))
-    assert record["passed"], gpu_report(record)
-    missing = "torch, peft, transformers not installed"
-    assert [row.get("not run") for row in record["race"]] == [None] * 3 + [missing] * 2
-    assert f"not run: {missing}" in gpu_report(record)
+def test_losses_on_the_device_follow_those_of_the_host(cupy):
+    for style, limit in gpu_curve.CURVES.items():
+        row = gpu_curve.loss_curve(style, 12, 0)
+        assert within(row), row
+        assert row["limit"] == limit
+        assert row["repeats"]
+        assert len(row["host"]) == len(row["device"]) == 12
+        assert row["device"][-1] < row["device"][0] - 0.1  # it learns: there is a curve to follow
+        assert np.allclose(row["host"], row["device"], rtol=limit)
 
 
-def test_torch_has_so_much_time_and_no_more(monkeypatch):
-    monkeypatch.setattr(gpu_race, "missing", lambda names: [])
-    for limit, left in ((0.1, 9.0), (9.0, 0.1)):
-        row = gpu_race.torch_step(Job("torch", TINY, device="cuda"), 1, limit, lambda n=left: n)
-        assert row == {"not run": "not done within 0 s"}
+def test_a_wrong_gradient_is_seen_in_the_losses(cupy, monkeypatch):
+    right = tensor.add.specification
+    wrong = lambda xp, a, b: (right(xp, a, b)[0], (lambda g: g, lambda g: 0.9 * g))
+    monkeypatch.setitem(tensor.add.fast, "cupy", wrong)
+    row = gpu_curve.loss_curve("llama", 12, 0)
+    assert row["repeats"]
+    assert not within(row)
 
 
-@pytest.mark.peers
-def test_torch_without_a_card_says_so():
-    row = gpu_race.torch_step(Job("torch", TINY, device="cuda"), 1, 100)
-    assert "torch finds no CUDA device" in row["not run"]
-
-
-@pytest.mark.peers
-@pytest.mark.parametrize("shape", [TINY, replace(TINY, key_heads=1, hidden=64)], ids=str)
-def test_torch_starts_from_our_loss(shape):
-    job = Job("torch", shape, rank=4)
-    batch, scored = tokens(job).take(np.arange(shape.batch))
-    ours = float(whole_loss(starting_tree(job), batch).data) / scored
-    theirs = gpu_race.torch_step(job, 2, 100)
-    assert theirs["ms"] > 0
-    assert "peft" in theirs["versions"]
-    assert abs(theirs["loss"] - ours) < 1e-5 * ours
-
-
-def test_the_race_in_print():
-    rows = [{"step": "minilora, captured", "ms": 3.0, "bytes": 2e9, "loss": 1.0},
-            {"step": "torch + PEFT, eager", "ms": 4.0, "bytes": 8e9, "loss": 1.0},
-            {"step": "torch + PEFT, torch.compile", "not run": "no time"}]  # fmt: skip
-    table = gpu_race.race_rows(rows)
-    assert table[1] == ["minilora, captured", "3.00", "0.75", "2000", "0.25", "1.00000"]
-    assert table[3][-1] == "not run: no time"
-    rows[0]["why_eager"] = "a wait"
-    assert gpu_race.race_rows(rows)[1][0] == "minilora, captured, eager: a wait"
-    assert gpu_race.race_rows(rows[:1])[1][2] == "-"
+def test_a_device_that_does_not_repeat_is_seen(cupy, monkeypatch):
+    draws = iter(range(100))
+    losses = lambda model, batch, rng: whole_loss(model, batch) * (1 + 1e-6 * next(draws))
+    monkeypatch.setattr(gpu_curve, "whole_loss", losses)
+    assert not gpu_curve.loss_curve("llama", 2, 0)["repeats"]
 
 
 # ------------------------------------------------------------------------------ the tokens
@@ -100,7 +88,7 @@ def test_other_tokens_fail_the_check(cupy, monkeypatch):
     record = gpu_check.gpu_check(SMALL)
     assert not any(row["same_tokens"] for row in record["decoding"])
     assert not record["passed"]
-    assert [row["why_eager"] for row in record["decoding"]][1::2] == ["cupy captures nothing"] * 2
+    assert [row["why_eager"] for row in record["decoding"]][1::2] == ["cupy captures nothing"] * 4
     assert ["the same tokens captured", "yes", "no", "no"] in goals(record)
 
 
@@ -116,7 +104,7 @@ def test_pages_that_keep_their_room_do_not_survive(cupy, monkeypatch):
     monkeypatch.setattr(Pager, "shrink", lambda self, slots: None)
     with pytest.raises(MemoryError):
         gpu_spike.memory_spike(cupy, 250)
-    record = gpu_check.gpu_check(SMALL)
+    record = gpu_check.gpu_check(QUICK)
     assert "spike" in record["errors"]
     assert not record["passed"]
 
@@ -170,7 +158,7 @@ def test_where_there_is_none_it_is_named(monkeypatch):
 def test_a_finding_fails_the_check(cupy, monkeypatch):
     finding = lambda tool, command, left: {"tool": tool, "clean": tool == "racecheck", "said": ""}
     monkeypatch.setattr(gpu_check, "watched", finding)
-    record = gpu_check.gpu_check(replace(SMALL, watch=True))
+    record = gpu_check.gpu_check(replace(QUICK, watch=True))
     assert not record["passed"]
     assert ["compute-sanitizer, memcheck", "yes", "no", "no"] in goals(record)
     assert ["compute-sanitizer, racecheck", "yes", "yes", "yes"] in goals(record)
@@ -178,13 +166,13 @@ def test_a_finding_fails_the_check(cupy, monkeypatch):
 
 def test_what_it_watches_fails_on_a_wrong_rule(cupy, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
-        gpu_check.small()
+        gpu_gaps.small()
     assert end.value.code == 0
     assert "the worst gap" in capsys.readouterr().out
     wrong = lambda xp, a, b: (a * b, (lambda g: g * b, lambda g: (g * a * 1.001).sum((0, 1))))
     monkeypatch.setitem(tensor.mul.fast, "cupy", wrong)
     with pytest.raises(SystemExit) as end:
-        gpu_check.small()
+        gpu_gaps.small()
     assert end.value.code == 1
 
 
@@ -192,64 +180,68 @@ def test_what_it_watches_fails_on_a_wrong_rule(cupy, monkeypatch, capsys):
 
 
 def test_what_holds_and_what_was_not_run():
+    race = lambda name, *rows: [{"race": name, "step": step} | row for step, row in rows]
+    eager, compiled = gpu_race.EAGER, gpu_race.COMPILED
+    _, captured, coded = gpu_race.OURS
+    curve = {"curve": "LoRA, bf16", "device": [2.0, 1.0], "gap": 3e-2, "limit": 2e-2}
     record = {
         "ops": [{"gap": 3e-7, "repeats": True}], "codes": [], "optimizers": [],
         "steps": [{"gap": 2e-5, "repeats": True}], "timing": [{"same_bits": None}],
-        "decoding": [], "spike": RIGHT,
-        "race": [{"step": "minilora, captured", "ms": 8.0, "bytes": 9},
-                 {"step": "minilora, captured, NF4 base", "ms": 12.0, "bytes": 5},
-                 {"step": "torch + PEFT, eager", "ms": 10.0, "bytes": 10},
-                 {"step": "torch + PEFT, torch.compile", "not run": "no triton"}],
+        "curves": [curve | {"repeats": True}],
+        "decoding": [{"decoding": "NF4, captured", "tokens_s": 512.4, "same_tokens": True}],
+        "spike": RIGHT, "races": ["bf16, 8 x 512", "bf16, 16 x 1024", "float32, 8 x 512"],
+        "race": [
+            *race("bf16, 8 x 512", (captured, {"ms": 8.0, "bytes": 7}),
+                  (coded, {"ms": 9.0, "bytes": 5}), (eager, {"ms": 10.0, "bytes": 10}),
+                  (compiled, {"not run": "no triton"})),
+            *race("float32, 8 x 512", (captured, {"ms": 8.0, "bytes": 9}),
+                  (coded, {"ms": 12.0, "bytes": 5}), (eager, {"ms": 10.0, "bytes": 10}),
+                  (compiled, {"ms": 8.0, "bytes": 1})),
+        ],
         "kernels": [{"kernel": "adamw", "of_copy": 0.9}, {"kernel": "nf4 dequantize",
                                                           "left out": "no time"}],
+        "products": [
+            {"product": "attention", "dtype": "float32", "tflop_s": 20.0},
+            {"product": "attention, there and back", "dtype": "bf16", "tflop_s": 30.0},
+            {"product": "attention", "dtype": "bf16", "tflop_s": 149.0},
+        ],
         "watch": [{"tool": "memcheck", "not run": "not installed"}],
     }  # fmt: skip
     found = {row[0]: row[1:] for row in goals(record)}
     assert found["worst gap to float64"] == ["<= 1e-05", "2e-05", "no"]
+    assert found["the same in bf16"] == ["<= 1e-02", "-", "not run"]
+    assert found["losses of 2 steps, LoRA, bf16"] == ["<= 2e-02", "3e-02", "no"]
     assert found["the same bits run after run"] == ["yes", "yes", "yes"]
     assert found["the same bits captured"] == ["yes", "-", "not run"]
-    assert found["captured step of torch eager: time"] == ["<= 0.90", "0.80", "yes"]
-    assert found["captured step of torch eager: memory"] == ["<= 0.90", "0.90", "yes"]
-    assert found["captured step of torch torch.compile: time"][2] == "not run: no triton"
-    assert found["QLoRA step of LoRA step: time"] == ["<= 1.25", "1.50", "no"]
+    theirs, nf4 = "step of torch eager", "QLoRA step of LoRA step, time"
+    assert found[f"bf16, 8 x 512: {theirs}, time"] == ["<= 0.70", "0.80", "no"]
+    assert found[f"bf16, 8 x 512: {theirs}, memory"] == ["<= 0.70", "0.70", "yes"]
+    assert found["bf16, 8 x 512: step of torch.compile, time"][2] == "not run: no triton"
+    assert found[f"bf16, 8 x 512: {nf4}"] == ["<= 1.25", "1.12", "yes"]
+    assert found[f"bf16, 16 x 1024: {theirs}, time"] == ["<= 0.70", "-", "not run"]
+    assert found[f"float32, 8 x 512: {theirs}, time"] == ["<= 0.90", "0.80", "yes"]
+    assert found[f"float32, 8 x 512: {theirs}, memory"] == ["<= 0.90", "0.90", "yes"]
+    assert found["float32, 8 x 512: step of torch.compile, time"] == ["<= 1.00", "1.00", "yes"]
+    assert found[f"float32, 8 x 512: {nf4}"] == ["<= 1.25", "1.50", "no"]
     assert found["adamw, of a copy's GB/s"] == [">= 0.85", "0.90", "yes"]
     assert found["nf4 dequantize, of a copy's GB/s"] == [">= 0.80", "-", "not run"]
+    assert found["nf4 product, 1 row, bf16, of a copy's GB/s"] == [">= 0.70", "-", "not run"]
+    assert found["attention in bf16, TFLOP/s"] == [">= 150", "149", "no"]
+    assert found["decoding, NF4, captured, tokens/s"] == ["known", "512", "yes"]
     assert found["compute-sanitizer, memcheck"] == ["yes", "-", "not run: not installed"]
 
 
-def test_a_worker_that_cannot_says_why(monkeypatch):
-    def refuse(self):
-        raise MiniloraError("no triton")
-
-    monkeypatch.setattr(gpu_race, "missing", lambda names: [])
-    monkeypatch.setattr(gpu_race.Worker, "prepare", refuse)
-    row = gpu_race.torch_step(Job("compile", TINY, device="cuda"), 1, 60)
-    assert row == {"not run": "no triton"}
-
-
 # ------------------------------------------- with kernels from here on, which takes longer
-
-
-def test_our_steps_start_from_one_loss(cupy, graphs):
-    calls = dict(gpu_race.racers(cupy, TINY, 4, 3, lambda: 1.0))
-    found = [{"step": name} | calls[name]() for name in list(calls)[:3]]
-    assert [row["step"] for row in found] == [
-        "minilora, eager", "minilora, captured", "minilora, captured, NF4 base",
-    ]  # fmt: skip
-    assert all(row["why_eager"] is None and row["ms"] > 0 for row in found)
-    assert found[0]["loss"] == found[1]["loss"] != found[2]["loss"]
-    assert found[0]["bytes"] > 0
-    assert gpu_race.losses_agree(found)
-    assert not gpu_race.losses_agree([*found, {"step": "torch", "loss": found[0]["loss"] * 1.01}])
 
 
 def test_tokens_a_second(cupy, graphs):
     rows = gpu_decode.decode_speeds(cupy, WRITER, 8)
     assert [row["decoding"] for row in rows] == [
         "float32, eager", "float32, captured", "NF4, eager", "NF4, captured",
+        "bf16, eager", "bf16, captured", "NF4 under bf16, eager", "NF4 under bf16, captured",
     ]  # fmt: skip
     assert all(row["same_tokens"] and row["tokens_s"] > 0 for row in rows)
-    assert [row["why_eager"] for row in rows] == [None] * 4
+    assert [row["why_eager"] for row in rows] == [None] * 8
     assert (
         len(
             {
@@ -266,3 +258,5 @@ def test_tokens_a_second(cupy, graphs):
     linears = C * (2 * C + C + 3 * inner)  # q, o; k and v of half the heads
     assert rows[0]["bytes"] == 4 * (linears + 3 * C + V * C)
     assert rows[2]["bytes"] < rows[0]["bytes"] - 3 * linears
+    assert rows[4]["bytes"] == 2 * linears + 4 * 3 * C + 2 * V * C
+    assert rows[6]["bytes"] == rows[2]["bytes"] - 2 * V * C  # the head

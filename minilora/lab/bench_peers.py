@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ..engine.bf16 import BFLOAT16
+from ..engine.rules import wide
 from ..files.names import hf_name, is_transposed
 from ..model.module import tensors
 from ..model.transformer import TransformerConfig
@@ -179,7 +181,19 @@ def fill(model: nn.Module, tree: Any, name: Any) -> None:
         for path, t in tensors(tree).items():
             key, turned = name(path)
             array = t.data.T if turned and t.ndim == 2 else t.data
-            held[key].copy_(torch.from_numpy(np.ascontiguousarray(array)))
+            held[key].copy_(host_tensor(array))
+
+
+def host_tensor(array: Any) -> Any:
+    """A NumPy array or a BF16 in torch; the latter's numbers in float32, which lose nothing when
+    they are stored in bfloat16 again."""
+    return torch.from_numpy(np.ascontiguousarray(wide(array)))
+
+
+def dtype_of(tree: Any) -> Any:
+    """What torch is to hold frozen weights in: as the tree does."""
+    half = any(t.dtype == BFLOAT16 for t in tensors(tree).values())
+    return torch.bfloat16 if half else torch.float32
 
 
 def parameter_name(path: str, config: TransformerConfig, build: str, adapted: bool) -> Any:
@@ -217,7 +231,7 @@ def fill_plain(model: nn.Module, tree: Any) -> None:
     with torch.no_grad():
         for path, t in tensors(tree).items():
             if path[-2:] not in (".A", ".B"):
-                held[path.replace(".base.", ".")].copy_(torch.from_numpy(t.data))
+                held[path.replace(".base.", ".")].copy_(host_tensor(t.data))
 
 
 def fill_adapters(model: nn.Module, tree: Any, config: TransformerConfig) -> None:
@@ -227,7 +241,7 @@ def fill_adapters(model: nn.Module, tree: Any, config: TransformerConfig) -> Non
         for path, t in tensors(tree).items():
             if path[-2:] in (".A", ".B"):
                 name, _ = parameter_name(path, config, "plain", True)
-                held[name].copy_(torch.from_numpy(t.data))
+                held[name].copy_(host_tensor(t.data))
 
 
 def four_bit(linear: nn.Linear) -> nn.Module:
@@ -238,7 +252,7 @@ def four_bit(linear: nn.Linear) -> nn.Module:
         linear.in_features,
         linear.out_features,
         bias=linear.bias is not None,
-        compute_dtype=torch.float32,
+        compute_dtype=linear.weight.dtype,
         compress_statistics=True,
         quant_type="nf4",
     )
@@ -264,8 +278,13 @@ def build(
     **options: Any,
 ) -> nn.Module:
     """`tree` in torch: kind "plain", "hf" or "bnb" (plain, with bitsandbytes' NF4 linears under
-    the adapters); PEFT adapters at the paths `adapters`."""
-    model = hugging_face(config) if kind == "hf" else Plain(config, gelu)
+    the adapters); PEFT adapters at the paths `adapters`.
+
+    Where the tree is in bfloat16, so is the whole model, norms and buffers included, and hence
+    its activations; the adapters, which PEFT adds afterwards, it keeps in float32
+    (`autocast_adapter_dtype`): it widens their input, and rounds base plus update once.
+    """
+    model = (hugging_face(config) if kind == "hf" else Plain(config, gelu)).to(dtype_of(tree))
     if kind == "bnb":
         fill_plain(model, tree)
         for path in adapters:

@@ -11,11 +11,13 @@ from ..lora.lora import LoRALinear, adapt
 from ..model.layers import is_linear
 from ..model.module import rebuild, walk
 from ..model.transformer import Transformer, TransformerConfig, init_transformer
+from ..quant.bf16 import to_bf16
 from ..quant.linear import quantize
 from ..train.data import Data
 
 MODES = ("lora", "full", "qlora")
 KINDS = ("step", "optimizer", "generate", "quantize")
+DTYPES = ("float32", "bf16")
 LR, BETAS, WEIGHT_DECAY = 1e-3, (0.9, 0.999), 0.01
 ALPHA = 16.0
 STD = 0.05  # of weights and of B, so that no factor is zero and no logit tiny
@@ -94,9 +96,10 @@ class Job:
     micro: int | None = None  # sequences of a micro-batch in a shard; None: all at once
     new_tokens: int = 32  # generation: prompts of T - new_tokens tokens
     device: str = "cpu"  # where torch's steps run; "cuda" for the check of a card
+    dtype: str = "float32"  # of frozen weights and activations; what trains is float32
 
     def __post_init__(self) -> None:
-        for name, known in (("kind", KINDS), ("mode", MODES)):
+        for name, known in (("kind", KINDS), ("mode", MODES), ("dtype", DTYPES)):
             if getattr(self, name) not in known:
                 raise MiniloraError(
                     f"bench: expected {name} in {known}, found {getattr(self, name)!r}"
@@ -110,7 +113,14 @@ def starting_tree(job: Job) -> Transformer:
     """The model all contenders start from, drawn from seed 0; adapters with B not zero.
 
     In "qlora" mode the same base in NF4 with double quantization, under the same adapters.
+    In bf16 all that is frozen, but for the norms, is rounded in the end.
+    Errors: `MiniloraError` for bf16 where nothing is frozen.
     """
+    tree = float32_tree(job)
+    return to_bf16(tree) if job.dtype == "bf16" else tree
+
+
+def float32_tree(job: Job) -> Transformer:
     rng = np.random.default_rng(0)
     model = init_transformer(job.shape.model, rng, STD)
     if job.mode == "full":

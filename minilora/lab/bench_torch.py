@@ -60,7 +60,12 @@ class Theirs(Contender):
 
 
 class TheirStep(Theirs):
-    """Forward, backward and AdamW over the whole batch."""
+    """Forward, backward and AdamW over the whole batch.
+
+    In a bf16 job base and activations are in bfloat16, adapters and their AdamW in float32, as
+    PEFT has it (see `build`); no autocast.  The loss is float32, from logits that are widened,
+    as Hugging Face's own loss does.
+    """
 
     def build(self) -> None:
         super().build()
@@ -77,7 +82,7 @@ class TheirStep(Theirs):
     def mean_loss(self) -> Any:
         out = self.model(self.ids)
         logits = out.logits if self.kind == "hf" else out
-        return F.cross_entropy(logits.flatten(0, 1), self.targets.flatten())
+        return F.cross_entropy(logits.flatten(0, 1).float(), self.targets.flatten())
 
     def step(self) -> None:
         self.adamw.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""Is this card right, and how fast?  Every op, code, step and optimizer against NumPy."""
+"""Is this card right, and how fast?  Every op, code, step and optimizer, then what they take."""
 
 import sys
 import time
@@ -9,34 +9,22 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.backend import is_array, to_device, to_numpy
-from ..engine.bf16 import BFLOAT16
-from ..engine.check import gradients
 from ..engine.progress import progress
-from ..engine.rounding import cast_array
-from ..engine.rules import reference_rules
-from ..engine.tensor import Parameter, Tensor
-from ..lora.lora import adapt
-from ..model.module import cast
 from ..model.module import to_device as tree_to_device
-from ..model.transformer import TransformerConfig, init_transformer
-from ..optim.adam8bit import AdamW8bit
-from ..optim.adamw import AdamW
-from ..optim.paged import PagedAdamW
-from ..quant.bf16 import to_bf16
-from ..quant.blockwise import quantize_array
-from ..quant.codes import CODES, code
-from ..quant.linear import quantize
+from ..quant.codes import CODES
 from . import gpu_speed as speed
 from .bench_shapes import Shape
+from .gpu_curve import CURVES, loss_curve
 from .gpu_decode import decode_speeds
-from .gpu_race import losses_agree, racers
-from .gpu_report import LIMITS, TOLERANCE, survived, within
+from .gpu_gaps import STYLES, code_gap, eight_bit_gap, model_for, op_gap, page_gap, step_gap
+from .gpu_race import COMPILED, EAGER, OURS, losses_agree, precision_of, race_name, racers
+from .gpu_report import survived, within
 from .gpu_spike import memory_spike
 from .gpu_watch import TOOLS, watched
-from .op_samples import SAMPLES, Sample
+from .op_samples import SAMPLES
 
 GPT2_SMALL = Shape(batch=8, time=512, vocab=50257, width=768, layers=12, heads=12)
+GPT2_LONG = Shape(batch=16, time=1024, vocab=50257, width=768, layers=12, heads=12)
 BILLION = Shape(
     batch=1, time=512, vocab=32000, width=2048, layers=16, heads=16, key_heads=8, hidden=5632
 )
@@ -47,15 +35,21 @@ class GpuCheckConfig:
     """What is checked, and for how long steps are timed."""
 
     seed: int = 0
+    curve: int = 200  # steps of the losses that are compared; 0: none
     width: int = 256  # of the model whose step is timed: S1 of the benchmarks
     layers: int = 4
     length: int = 128
     batch: int = 16
     rounds: int = 20
-    size: int = 256 << 20  # bytes of an array whose kernel is timed
+    size: int = 256 << 20  # bytes of a float32 array whose kernel is timed
     product: int = 8192  # rows and columns of a product that is timed
-    race: Shape | None = GPT2_SMALL  # of the step that torch makes too; None: not asked for
-    rank: int = 16  # of that step's adapters
+    # The steps that torch makes too, the most wanted first; (): none.
+    race: tuple[tuple[Shape, str], ...] = (
+        (GPT2_SMALL, "bf16"),
+        (GPT2_LONG, "bf16"),
+        (GPT2_SMALL, "float32"),
+    )
+    rank: int = 16  # of those steps' adapters
     decode: Shape | None = BILLION  # of the model that writes tokens; None: not asked for
     new_tokens: int = 128
     spike: int = 4 << 20  # numbers that train, where an optimizer meets a spike
@@ -79,8 +73,25 @@ def why_not() -> str | None:
 def gpu_check(config: GpuCheckConfig) -> dict[str, Any]:
     """The whole check as a record; `{"skipped": reason}` where there is no device.
 
-    What is right comes first, what is fast after it.  A part that raises is recorded with its
-    error; one that `seconds` leave no time for is named in `left_out`.
+    What is right comes first, what is fast after it, the most wanted first.  A part that raises
+    is recorded with its error; one that `seconds` leave no time for is named in `left_out`.
+    Nothing starts after `seconds`, and no other process gets more than what is left of them: the
+    whole ends within 9 minutes.  `spent` says when each group was done.  The budget, in seconds;
+    "host" was measured on two slow cores, all else is estimated, for no card has run it yet:
+
+        ops, codes, steps, optimizers, spike; their kernels compiled    80
+        200 steps, three models: 15 on the host, twice 2 on the card    20
+        decoding, four models in two ways                               25
+        launches, kernels, products                                     15
+        our steps in three races: six trees at 3 to 5 on the host,
+        and nine times 3 on the card                                    50
+        torch eager, three times: on the host 9 to import, 5 for a
+        tree, 3 to build it; then CUDA, and 25 steps                    75  (80 each at most)
+        step times                                                      20
+        torch.compile in bfloat16, two shapes                          150  (120 each at most)
+        compute-sanitizer, two tools                                    60  (90 each at most)
+        in all                                                         495
+        torch.compile in float32, the least wanted: what is left, if anything is
     """
     reason = why_not()
     record: dict[str, Any] = {"kind": "gpu-check", "config": asdict(config)}
@@ -91,6 +102,7 @@ def gpu_check(config: GpuCheckConfig) -> dict[str, Any]:
     began = time.monotonic()
     rng = np.random.default_rng(config.seed)
     record |= {"device": device_name(cupy), "cupy": cupy.__version__, "left_out": [], "errors": {}}
+    spent = record["spent"] = {}  # seconds after which a group of checks was done
 
     def left() -> float:
         return config.seconds - (time.monotonic() - began)
@@ -112,6 +124,9 @@ def gpu_check(config: GpuCheckConfig) -> dict[str, Any]:
         found = [attempt(name, call) for name, call in progress(calls.items(), label="checks")]
         return [row for row in found if row is not None]
 
+    def done(group: str) -> None:
+        spent[group] = round(time.monotonic() - began, 1)
+
     record["ops"] = each({
         f"op {i}, {sample.op.__name__}, {rules}": partial(op_gap, sample, rng, rules)
         for i, sample in enumerate(SAMPLES)
@@ -119,29 +134,24 @@ def gpu_check(config: GpuCheckConfig) -> dict[str, Any]:
         if rules != "fast" or "cupy" in sample.op.fast
     })  # fmt: skip
     record["codes"] = each({f"code {name}": partial(code_gap, name, rng) for name in CODES})
-    styles = ("gpt2", "llama", "qlora", "bf16")
-    record["steps"] = each({f"steps, {s}": partial(step_gap, s, config.seed) for s in styles})
+    record["steps"] = each({f"steps, {s}": partial(step_gap, s, config.seed) for s in STYLES})
     record["optimizers"] = each({
         "paged AdamW, 1 page": partial(page_gap, 1),
         "paged AdamW, 3 pages": partial(page_gap, 3),
         "8-bit AdamW": eight_bit_gap,
     })  # fmt: skip
+    record["curves"] = each({
+        f"losses, {s}": partial(loss_curve, s, config.curve, config.seed)
+        for s in (CURVES if config.curve else ())
+    })  # fmt: skip
     record["spike"] = attempt("spike", partial(memory_spike, cupy, config.spike), {})
+    done("what is right")
     record["decoding"] = []
     if config.decode is not None:
         tokens = partial(decode_speeds, cupy, config.decode, config.new_tokens)
         record["decoding"] = attempt("decoding", tokens, [])
     right = not record["left_out"]
-    shape = (config.batch, config.length)
-
-    def timed(style: str) -> dict[str, Any]:
-        model = model_for(style, config.width, config.layers, config.length)
-        name = f"{style}, LoRA r=8, d{config.width}, {shape[0]} x {shape[1]} tokens"
-        return {"step": name} | speed.step_times(
-            cupy, lambda: tree_to_device(model, "cuda"), shape, config.rounds
-        )
-
-    record["timing"] = each({f"step time, {s}": partial(timed, s) for s in styles})
+    done("decoding")
     record["launches"] = attempt(
         "launches", lambda: speed.launch_costs(cupy, 50 * config.rounds), {}
     )
@@ -150,17 +160,44 @@ def gpu_check(config: GpuCheckConfig) -> dict[str, Any]:
         ("products", partial(speed.product_speeds, cupy, config.product, late)),
     ):
         record[name] = attempt(name, part, [])
-    record["race"] = []
-    if config.race is not None:
-        for name, call in racers(cupy, config.race, config.rank, config.rounds, left):
-            row = attempt(name, call)
-            record["race"] += [] if row is None else [{"step": name} | row]
-    command = [sys.executable, "-m", "minilora.lab.gpu_check"]
+    done("kernels")
+    races = {
+        race_name(*race): racers(cupy, *race, config.rank, config.rounds, left)
+        for race in config.race
+    }
+    record["race"], record["races"] = [], list(races)
+
+    def run_race(*contenders: str, dtypes: tuple[str, ...] = ("bf16", "float32")) -> None:
+        for race, calls in races.items():
+            for name in contenders if precision_of(race) in dtypes else ():
+                row = attempt(f"{race}: {name}", calls[name])
+                record["race"] += [] if row is None else [{"race": race, "step": name} | row]
+
+    run_race(*OURS)
+    done("our steps")
+    run_race(EAGER)
+    done("torch's eager steps")
+    shape = (config.batch, config.length)
+
+    def timed(style: str) -> dict[str, Any]:
+        model = model_for(style, config.width, config.layers, config.length)
+        name = f"{STYLES[style]}, r=8, d{config.width}, {shape[0]} x {shape[1]} tokens"
+        return {"step": name} | speed.step_times(
+            cupy, lambda: tree_to_device(model, "cuda"), shape, config.rounds
+        )
+
+    record["timing"] = each({f"step time, {s}": partial(timed, s) for s in STYLES})
+    done("step times")
+    run_race(COMPILED, dtypes=("bf16",))
+    done("torch.compile in bf16")
+    command = [sys.executable, "-m", "minilora.lab.gpu_gaps"]
     record["watch"] = each({
         f"compute-sanitizer, {tool}": partial(watched, tool, command, left)
         for tool in (TOOLS if config.watch else ())
     })  # fmt: skip
-    checked = (*record["ops"], *record["codes"], *record["steps"], *record["optimizers"])
+    done("compute-sanitizer")
+    run_race(COMPILED, dtypes=("float32",))
+    checked = [row for part in CHECKED for row in record[part]]
     quiet = [row["to_host"] + row["to_device"] == 0 for row in record["timing"]]
     same = [row["same_bits"] is not False for row in record["timing"]]
     record["seconds"] = round(time.monotonic() - began, 1)
@@ -174,6 +211,9 @@ def gpu_check(config: GpuCheckConfig) -> dict[str, Any]:
     return record
 
 
+CHECKED = ("ops", "codes", "steps", "optimizers", "curves")  # have a gap, and repeat or do not
+
+
 def device_name(cupy: Any) -> str:
     """The card's name, as far as the runtime tells."""
     try:
@@ -181,215 +221,3 @@ def device_name(cupy: Any) -> str:
     except (AttributeError, KeyError):
         return "unknown"
     return name.decode() if isinstance(name, bytes) else str(name)
-
-
-def poison() -> None:
-    """Leave NaN in memory that the next results will be written to."""
-    import cupy
-
-    for size in (1 << 8, 1 << 12, 1 << 16, 1 << 20):
-        cupy.full(size, np.nan, np.float32)
-
-
-def op_gap(sample: Sample, rng: np.random.Generator, rules: str) -> dict[str, Any]:
-    """One op on the device against float64 on the host, forward and back.
-
-    `rules` is "specification" or "fast", both in float32, or "bf16": arrays, cotangents and
-    frozen bases rounded to bfloat16, for both sides.
-    """
-    arrays, options = sample.draw(rng)
-    dtype = BFLOAT16 if rules == "bf16" else np.float32
-    if rules == "bf16":
-        arrays = [cast_array(cast_array(a, dtype), np.float64) for a in arrays]
-        options = {k: move_option(v, "cpu", dtype) for k, v in options.items()}
-
-    def call(arrays: list, device: str) -> tuple[list, list, Any]:
-        if "rng" in options:  # the same key for both
-            options["rng"] = np.random.default_rng(5)
-        moved = {k: move_option(v, device, arrays[0].dtype) for k, v in options.items()}
-        given = [to_device(a, device) for a in arrays]
-        value = sample.op(*[Tensor(a) for a in given], **moved)
-        values = value if isinstance(value, tuple) else (value,)
-        draw = np.random.default_rng(9)
-        w = tuple(to_device(cotangent(draw, v, arrays[0].dtype, rules), device) for v in values)
-        if "rng" in moved:
-            moved["rng"] = np.random.default_rng(5)
-        back, _ = gradients(lambda *a: sample.op(*a, **moved), given, w)
-        return [to_numpy(v.data) for v in values], [to_numpy(g) for g in back]
-
-    with reference_rules():
-        wanted = call(arrays, "cpu")
-    narrow = [cast_array(a, dtype) for a in arrays]
-
-    def on_device() -> tuple[list, list]:
-        poison()
-        if rules != "specification":
-            return call(narrow, "cuda")
-        with reference_rules():
-            return call(narrow, "cuda")
-
-    found, again = on_device(), on_device()
-    names = ["forward"] * len(wanted[0]) + ["backward"] * len(wanted[1])
-    gaps = {"forward": 0.0, "backward": 0.0}
-    for name, a, b in zip(names, [*found[0], *found[1]], [*wanted[0], *wanted[1]], strict=True):
-        gaps[name] = max(gaps[name], relative(a, b))
-    same = all(
-        np.array_equal(a, b)
-        for a, b in zip([*found[0], *found[1]], [*again[0], *again[1]], strict=True)
-    )
-    entry = {"op": sample.op.__name__, "rules": rules, "repeats": same}
-    entry |= {"limit": LIMITS.get(rules, TOLERANCE)}
-    return entry | gaps | {"gap": max(gaps.values())}
-
-
-def cotangent(rng: np.random.Generator, value: Tensor, dtype: Any, rules: str) -> Any:
-    """Drawn numbers of a value's shape, in a type of the array library."""
-    w = rng.standard_normal(value.shape)
-    w = cast_array(cast_array(w, BFLOAT16), np.float32) if rules == "bf16" else w
-    return w.astype(np.float32 if dtype == BFLOAT16 else dtype)
-
-
-def move_option(value: Any, device: str, dtype: Any) -> Any:
-    """An option's arrays on the device, a frozen base in the dtype of the arrays."""
-    if is_array(value):
-        return to_device(value, device)
-    if hasattr(value, "dense"):
-        return tree_to_device(cast(value, dtype), device)
-    return value
-
-
-def relative(found: np.ndarray, wanted: np.ndarray) -> float:
-    """‖found - wanted‖ / ‖wanted‖; infinite where a NaN came through."""
-    gap = float(np.linalg.norm((found - wanted).ravel()))
-    return gap / max(float(np.linalg.norm(wanted.ravel())), 1e-30) if np.isfinite(gap) else np.inf
-
-
-def model_for(style: str, width: int, layers: int, length: int) -> Any:
-    """A LoRA model in GPT-2's or Llama's style, or in Llama's a QLoRA one or one in bfloat16;
-    B away from zero."""
-    shape = {"vocab": 512, "width": width, "layers": layers, "heads": 4, "context": length}
-    if style == "gpt2":
-        config = TransformerConfig.gpt2(**shape)
-    else:
-        config = TransformerConfig(key_heads=2, **shape)
-    rng = np.random.default_rng(3)
-    base = init_transformer(config, rng)
-    adapted = adapt(quantize(base) if style == "qlora" else base, rank=8, rng=rng)
-    optimizer = AdamW(adapted)
-    optimizer.flat.data += rng.normal(0, 0.01, optimizer.flat.data.shape).astype(np.float32)
-    return to_bf16(optimizer.model) if style == "bf16" else optimizer.model
-
-
-def code_gap(name: str, rng: np.random.Generator) -> dict[str, Any]:
-    """Codes and scales made on the device and on the host: the same bytes, or an infinite gap."""
-    w = rng.standard_normal((37, 129)).astype(np.float32)
-    if code(name).scaled_by == "maximum":
-        w = np.abs(w)
-    with reference_rules():
-        host = quantize_array(w, name)
-    found, again = (quantize_array(to_device(w, "cuda"), name) for _ in range(2))
-    parts = [
-        (to_numpy(getattr(a, part)), to_numpy(getattr(b, part)))
-        for part in ("packed", "scales")
-        for a, b in ((found, host), (found, again))
-    ]
-    same = all(np.array_equal(a, b) for a, b in parts)
-    gap = relative(to_numpy(found.dense()), host.dense()) if same else np.inf
-    return {"code": name, "gap": gap, "repeats": same}
-
-
-def step_gap(style: str, seed: int) -> dict[str, Any]:
-    """A LoRA step on the device: its loss, its gradients and the weights after three steps."""
-    model = model_for(style, 64, 2, 32)
-    ids = np.random.default_rng(seed).integers(0, 512, (4, 32))
-
-    def run(model: Any, device: str) -> tuple[list, np.ndarray]:
-        optimizer = AdamW(tree_to_device(model, device), lr=1e-3)
-        batch, losses = to_device(ids, device), []
-        for _ in range(3):
-            loss = optimizer.model.loss(batch, batch)
-            loss.backward(into=optimizer.gradients)
-            optimizer.step(divide_by=ids.size, clip=1.0)
-            losses.append(float(loss.data))
-        return losses, to_numpy(optimizer.flat.data)
-
-    losses, weights = run(cast(model, np.float64), "cpu")
-    poison()
-    found, again = run(model, "cuda"), run(model, "cuda")
-    gap = max(relative(np.array(found[0]), np.array(losses)), relative(found[1], weights))
-    repeats = found[0] == again[0] and np.array_equal(found[1], again[1])
-    name = {"qlora": "QLoRA, llama", "bf16": "LoRA, llama, bf16"}.get(style, f"LoRA, {style}")
-    limit = LIMITS.get(style, TOLERANCE)
-    return {"step": name, "gap": gap, "limit": limit, "repeats": repeats}
-
-
-PAGE = 1 << 12  # numbers; of the paged optimizer that is checked
-
-
-def drive(make: Any, device: str, spike: bool = False) -> tuple[Any, np.ndarray]:
-    """An optimizer after six steps on drawn gradients, and the weights; it may shrink and grow."""
-    rng = np.random.default_rng(4)
-    shapes = ((100, 130), (3000,), (70, 70))
-    tree = tuple(Parameter(rng.standard_normal(s).astype(np.float32)) for s in shapes)
-    optimizer = make(tree_to_device(tree, device))
-    for step in range(6):
-        g = rng.standard_normal(optimizer.flat.data.size).astype(np.float32)
-        optimizer.flat.grad[...] = to_device(g, device)
-        if spike and step in (2, 4):
-            optimizer.pager.shrink(1) if step == 2 else optimizer.pager.grow(3)
-        optimizer.step(divide_by=2, clip=1.0)
-    return optimizer, to_numpy(optimizer.flat.data)
-
-
-def page_gap(slots: int) -> dict[str, Any]:
-    """Paged AdamW against AdamW, both on the device: the same bits, or an infinite gap.
-
-    "Repeats" says that the log of moves is that of the simulated device.
-    """
-
-    def paged(tree: Any) -> PagedAdamW:
-        return PagedAdamW(tree, lr=0.1, page=PAGE, budget=slots * 8 * PAGE)
-
-    plain, wanted = drive(lambda tree: AdamW(tree, lr=0.1), "cuda")
-    poison()
-    found, weights = drive(paged, "cuda", spike=True)
-    here, _ = drive(paged, "cpu", spike=True)
-    states = plain.state(), found.state()
-    same = np.array_equal(wanted, weights) and all(
-        np.array_equal(states[0][key], states[1][key]) for key in states[0]
-    )
-    log = found.pager.log[: len(here.pager.log)]  # reading the state has moved pages since
-    name = f"AdamW paged, {slots} of {found.pager.pages} pages"
-    return {"step": name, "gap": 0.0 if same else np.inf, "repeats": log == here.pager.log}
-
-
-def eight_bit_gap() -> dict[str, Any]:
-    """Six steps of AdamW with 8-bit moments on the device against the specification here."""
-    with reference_rules():
-        _, wanted = drive(lambda tree: AdamW8bit(tree, lr=1e-3), "cpu")
-    poison()
-    (_, found), (_, again) = (drive(lambda t: AdamW8bit(t, lr=1e-3), "cuda") for _ in range(2))
-    return {
-        "step": "AdamW, 8 bits",
-        "gap": relative(found, wanted),
-        "repeats": np.array_equal(found, again),
-    }
-
-
-def small() -> None:
-    """Every fast rule once, on small arrays of their own: what compute-sanitizer watches.
-
-    Without CuPy's pool each array is an allocation, so that a read beyond it is seen.
-    """
-    import cupy
-
-    cupy.cuda.set_allocator(None)
-    rng = np.random.default_rng(0)
-    gaps = [op_gap(s, rng, "fast")["gap"] for s in SAMPLES if "cupy" in s.op.fast]
-    gaps += [code_gap("nf4", rng)["gap"], page_gap(3)["gap"], eight_bit_gap()["gap"]]
-    print(f"{len(gaps)} checks, the worst gap {max(gaps):.1e}")
-    sys.exit(max(gaps) > TOLERANCE)
-
-
-if __name__ == "__main__":
-    small()

@@ -10,6 +10,7 @@ from ..fast.capture import WARM, replayed
 from ..model.generate import each_token
 from ..model.module import tensors, walk
 from ..model.transformer import Transformer, TransformerConfig, assemble
+from ..quant.bf16 import to_bf16
 from ..quant.linear import QuantizedLinear, quantize
 from .bench_shapes import Shape
 
@@ -32,7 +33,11 @@ def decode_speeds(cupy: Any, shape: Shape, new_tokens: int) -> list[dict[str, An
         made.append(replayed(xp, step))
         return made[-1]
 
-    for name, tree in (("float32", model), ("NF4", quantize(model))):
+    coded = quantize(model)
+    for name, tree in (
+        ("float32", model), ("NF4", coded),
+        ("bf16", to_bf16(model)), ("NF4 under bf16", to_bf16(coded)),
+    ):  # fmt: skip
         found = {
             way: timed(cupy, tree, prompts, new_tokens, replay)
             for way, replay in (("eager", None), ("captured", recorded))

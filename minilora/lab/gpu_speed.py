@@ -3,15 +3,19 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ..engine.attention import attention, rope
+from ..engine.bf16 import BFLOAT16
 from ..engine.check import gradients
 from ..engine.fused import embedding, frozen_linear, gelu, layer_norm, rms_norm, swiglu
 from ..engine.loss import cross_entropy
+from ..engine.rounding import cast_array
+from ..engine.rules import wide
 from ..fast.capture import CapturedStep, Graph, captures
 from ..fast.cublas import cublas
 from ..fast.cuda_norms import kernels as norm_kernels
@@ -22,6 +26,7 @@ from ..quant.blockwise import QuantizedArray, quantize_array
 from ..quant.codes import code
 from ..quant.double import double_quantize
 from ..quant.linear import QuantizedLinear
+from .bench_shapes import DTYPES
 
 WIDTH, VOCAB = 1024, 50257
 HIDDEN = ("get", "item", "tolist", "__float__", "__int__", "__bool__", "__complex__", "__index__")
@@ -45,51 +50,62 @@ def milliseconds(cupy: Any, call: Callable, least: float = 0.02, repeats: int = 
 
 
 def kernels_of(cupy: Any, size: int) -> Iterator[tuple[str, float, Callable]]:
-    """(name, bytes that must move, call) for arrays of `size` bytes of float32."""
+    """(name, bytes that must move, call) for arrays of `size` bytes of float32, or of as many
+    numbers in bfloat16."""
     n = max(2, size // 4 // WIDTH) * WIDTH
     rng = np.random.default_rng(0)
     row = rng.standard_normal(WIDTH, np.float32)
     x = cupy.empty((n // WIDTH, WIDTH), cupy.float32)
     x[...] = cupy.asarray(row)
-    g, other, y, w = x[::-1].copy(), x + 1, cupy.empty_like(x), cupy.asarray(row)
-
-    def back(op: Callable, *arrays: Any, **options: Any) -> Callable:
-        return lambda: gradients(lambda *a: op(*a, **options), list(arrays), g)
-
+    y, w = cupy.empty_like(x), cupy.asarray(row)
     yield "copy", 8 * n, lambda: cupy.copyto(y, x)
-    yield "rms_norm", 8 * n, lambda: rms_norm(x, w, eps=1e-5)
-    yield "layer_norm", 8 * n, lambda: layer_norm(x, w, w, eps=1e-5)
-    yield "layer_norm, there and back", 20 * n, back(partial(shifted, w), x)
-    yield "gelu", 8 * n, lambda: gelu(x)
-    yield "gelu, there and back", 20 * n, back(gelu, x)
-    yield "swiglu", 12 * n, lambda: swiglu(x, other)
-    yield "swiglu, there and back", 32 * n, back(swiglu, x, other)
-    heads = x.reshape(1, n // WIDTH, WIDTH // 64, 64)
-    yield "rope", 8 * n, lambda: rope(heads, theta=1e4)
+    yield from stored_kernels(x, y, w)
     ids = cupy.asarray(rng.integers(0, n // WIDTH, n // WIDTH))
     yield "embedding", 8 * n, lambda: embedding(x, ids=ids)
     m, v, p = cupy.zeros_like(x).reshape(-1), cupy.zeros_like(x).reshape(-1), y.reshape(-1)
     p[...] = x.reshape(-1)
+    g = x.reshape(-1) + 1
     control = cupy.zeros(7)
-    measured = partial(measure, g.reshape(-1), control, divide_by=1.0, clip=1.0)
-    yield "gradient norm", 4 * n, measured
+    yield "gradient norm", 4 * n, partial(measure, g, control, divide_by=1.0, clip=1.0)
     yield (
         "adamw",
         28 * n,
-        lambda: adamw_update(
-            p, g.reshape(-1), m, v, control, betas=(0.9, 0.999), eps=1e-8, decay=0.01
-        ),
+        lambda: adamw_update(p, g, m, v, control, betas=(0.9, 0.999), eps=1e-8, decay=0.01),
     )
     plain = quantize_array(x, "nf4")
     yield "nf4 quantize", 4 * n + plain.nbytes, lambda: quantize_array(x, "nf4")
-    yield "nf4 dequantize", 4 * n + plain.nbytes, lambda: plain.dense(y)
     double = double_quantize(plain)
     yield "nf4 dequantize, double", 4 * n + double.nbytes, lambda: double.dense(y)
+    yield from stored_kernels(*(cast_array(a, BFLOAT16) for a in (x, y)), w, ", bf16")
     yield from coded_products(cupy, size, rng)
     rows = max(1, n // VOCAB)
     logits = cupy.zeros((rows, VOCAB), cupy.float32)
     targets = cupy.asarray(rng.integers(0, VOCAB, rows))
     yield "cross_entropy", 4 * rows * VOCAB, lambda: cross_entropy(logits, targets=targets)
+
+
+def stored_kernels(x: Any, y: Any, w: Any, mark: str = "") -> Iterator[tuple[str, float, Callable]]:
+    """As `kernels_of`: those that take x (rows, C) in float32 or in bfloat16, w (C,) float32; the
+    codes are written into y."""
+    one = x.nbytes
+    g, other = x[::-1].copy(), x.copy()
+
+    def back(op: Callable, *arrays: Any, **options: Any) -> Callable:
+        return lambda: gradients(lambda *a: op(*a, **options), list(arrays), g)
+
+    for name, arrays, call in (
+        ("rms_norm", 2, lambda: rms_norm(x, w, eps=1e-5)),
+        ("layer_norm", 2, lambda: layer_norm(x, w, w, eps=1e-5)),
+        ("layer_norm, there and back", 5, back(partial(shifted, w), x)),
+        ("gelu", 2, lambda: gelu(x)),
+        ("gelu, there and back", 5, back(gelu, x)),
+        ("swiglu", 3, lambda: swiglu(x, other)),
+        ("swiglu, there and back", 8, back(swiglu, x, other)),
+        ("rope", 2, partial(rope, x.reshape(1, len(x), -1, 64), theta=1e4)),
+    ):
+        yield name + mark, arrays * one, call
+    codes = quantize_array(wide(x), "nf4")
+    yield f"nf4 dequantize{mark}", one + codes.nbytes, lambda: codes.dense(y)
 
 
 def coded_products(
@@ -102,14 +118,17 @@ def coded_products(
     scales = cupy.full(shape[0] * WIDTH // 16, 0.5, cupy.float32)
     nf4 = to_device(code("nf4"), "cuda")
     plain = QuantizedArray(packed.reshape(-1), scales, nf4, shape, 64, np.dtype(np.float32))
-    for name, weight, rows in (
-        ("1 row", plain, 1),
-        ("1 row, double", double_quantize(plain), 1),
-        ("8 rows", plain, 8),
+    for name, weight, rows, dtype in (
+        ("1 row", plain, 1, np.float32),
+        ("1 row, double", double_quantize(plain), 1, np.float32),
+        ("8 rows", plain, 8, np.float32),
+        ("1 row, bf16", replace(plain, dtype=BFLOAT16), 1, BFLOAT16),
+        ("8 rows, bf16", replace(plain, dtype=BFLOAT16), 8, BFLOAT16),
     ):
-        x = cupy.asarray(rng.standard_normal((rows, shape[1]), np.float32))
+        x = cast_array(cupy.asarray(rng.standard_normal((rows, shape[1]), np.float32)), dtype)
         call = partial(frozen_linear, x, base=QuantizedLinear(weight))
-        yield f"nf4 product, {name}", weight.nbytes + x.nbytes + 4 * rows * shape[0], call
+        out = x.itemsize * rows * shape[0]
+        yield f"nf4 product, {name}", weight.nbytes + x.nbytes + out, call
 
 
 def shifted(w: Any, x: Any) -> Any:
@@ -132,32 +151,44 @@ def kernel_speeds(cupy: Any, size: int, late: Callable[[], bool]) -> list[dict[s
 
 
 def product_speeds(cupy: Any, size: int, late: Callable[[], bool]) -> list[dict[str, Any]]:
-    """TFLOP/s of float32 products: our binding, CuPy's, and causal attention beside them."""
+    """TFLOP/s of products: our binding, CuPy's in float32, and causal attention beside them.
+
+    Of attention's table only the half that is looked at is counted: 2 N H T² D there, 3.5 times
+    that there and back.
+    """
     blas = cublas(cupy)
-    found = []
+    found: list[dict[str, Any]] = []
+
+    def rate(product: str, dtype: str, sizes: tuple[int, ...], flop: float, call: Callable) -> None:
+        if late():
+            return
+        ms = milliseconds(cupy, call)
+        found.append({
+            "product": product, "dtype": dtype, "shape": " x ".join(map(str, sizes)), "ms": ms,
+            "tflop_s": flop / ms / 1e9,
+        })  # fmt: skip
+
     shapes = {(size, size, size), (size, max(8, size // 8), max(8, size // 8))}
-    for M, K, N in sorted(shapes, reverse=True):
-        a, b = cupy.ones((M, K), cupy.float32), cupy.ones((N, K), cupy.float32)
-        out = cupy.empty((M, N), cupy.float32)
-        calls = {"CuPy": lambda a=a, b=b, out=out: cupy.matmul(a, b.T, out=out)}
-        if blas is not None:
-            calls["cuBLAS"] = lambda a=a, b=b, out=out: blas.product(a, b.T, out)
-        for name, call in calls.items():
-            if not late():
-                ms = milliseconds(cupy, call)
-                found.append({"product": f"{name}, {M} x {K} x {N}", "ms": ms,
-                              "tflop_s": 2 * M * K * N / ms / 1e9})  # fmt: skip
     T, heads, width = max(16, min(1024, size // 8)), 12, 64
-    q = cupy.ones((8, T, heads, width), cupy.float32)
-    flop = 4 * 8 * heads * T * T * width / 2  # half of the table is never looked at
-    for name, call, times in (
-        ("attention", lambda: attention(q, q, q), 1.0),
-        ("attention, there and back", lambda: gradients(attention, [q, q, q], q), 3.5),
-    ):
-        if not late():
-            ms = milliseconds(cupy, call)
-            found.append({"product": f"{name}, 8 x {T} x {heads} x {width}", "ms": ms,
-                          "tflop_s": times * flop / ms / 1e9})  # fmt: skip
+    for dtype in DTYPES:
+        kind = BFLOAT16 if dtype == "bf16" else np.float32
+        for M, K, N in sorted(shapes, reverse=True):
+            a, b, out = (
+                cast_array(cupy.ones(shape, cupy.float32), kind)
+                for shape in ((M, K), (N, K), (M, N))
+            )
+            calls = {}
+            if dtype == "float32":  # CuPy's own has no bfloat16 without ml_dtypes
+                calls["CuPy"] = partial(cupy.matmul, a, b.T, out=out)
+            if blas is not None:
+                calls["cuBLAS"] = partial(blas.product, a, b.T, out)
+            for name, call in calls.items():
+                rate(name, dtype, (M, K, N), 2 * M * K * N, call)
+        q = cast_array(cupy.ones((8, T, heads, width), cupy.float32), kind)
+        flop, sizes = 2 * 8 * heads * T * T * width, (8, T, heads, width)
+        rate("attention", dtype, sizes, flop, partial(attention, q, q, q))
+        back = partial(gradients, attention, [q, q, q], q)
+        rate("attention, there and back", dtype, sizes, 3.5 * flop, back)
     return found
 
 
