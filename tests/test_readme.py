@@ -67,7 +67,8 @@ def test_the_table_of_speed_is_that_of_the_committed_records():
 def test_what_it_says_of_the_speed_of_the_real_model_and_of_codes_is_in_the_records():
     def rows(name):
         record = json.loads((ROOT / "figures" / f"bench_{name}.json").read_text())
-        return [row for case in record["cases"] for row in case["rows"] if row["passed"]]
+        cases = record["cases"]
+        return [row | {"shape": c["shape"]} for c in cases for row in c["rows"] if row["passed"]]
 
     def only(name, key):
         return next(row[key] for row in rows(name) if row["contender"] != "minilora")
@@ -80,6 +81,12 @@ def test_what_it_says_of_the_speed_of_the_real_model_and_of_codes_is_in_the_reco
     codes = [row["ratio"] for row in rows("quantize") if row["contender"] == "bnb"]
     assert len(codes) == 4
     assert f"in {min(codes):.2f} to {max(codes):.2f} of bitsandbytes' time" in flat
+    small = {row["shape"]: row for row in rows("micro") if row["contender"] == "torch"}
+    said = [
+        f"{small[shape][key]:.2f}" for key in ("bytes_ratio", "ratio") for shape in ("S1", "S2")
+    ]
+    assert "takes {} (S1) and {} (S2) of the memory of torch and PEFT".format(*said[:2]) in flat
+    assert "in {} and {} of their time (`figures/bench_micro.json`".format(*said[2:]) in flat
 
 
 def test_what_it_says_of_forgetting_is_in_the_record():
