@@ -81,12 +81,18 @@ def test_what_it_says_of_the_speed_of_the_real_model_and_of_codes_is_in_the_reco
     codes = [row["ratio"] for row in rows("quantize") if row["contender"] == "bnb"]
     assert len(codes) == 4
     assert f"in {min(codes):.2f} to {max(codes):.2f} of bitsandbytes' time" in flat
-    small = {row["shape"]: row for row in rows("micro") if row["contender"] == "torch"}
-    said = [
-        f"{small[shape][key]:.2f}" for key in ("bytes_ratio", "ratio") for shape in ("S1", "S2")
-    ]
-    assert "takes {} (S1) and {} (S2) of the memory of torch and PEFT".format(*said[:2]) in flat
-    assert "in {} and {} of their time (`figures/bench_micro.json`".format(*said[2:]) in flat
+    theirs = {"micro": [], "threads": []}  # of S1 and S2
+    for name, found in theirs.items():
+        found += [
+            row for row in rows(name)
+            if row["contender"] == "torch" and row["shape"] in ("S1", "S2")
+        ]  # fmt: skip
+    small = [f"{row[key]:.2f}" for key in ("bytes_ratio", "ratio") for row in theirs["micro"]]
+    assert "took {} and {} of their memory".format(*small[:2]) in flat
+    assert "in {} and {} of their time".format(*small[2:]) in flat
+    one, two = ([f"{row['ratio']:.2f}" for row in theirs["threads"][i::2]] for i in (0, 1))
+    assert "took {} (S1) and {} (S2) of the time of torch and PEFT on one".format(*one) in flat
+    assert "on one thread, {} and {} on two".format(*two) in flat
 
 
 def test_what_it_says_of_forgetting_is_in_the_record():
