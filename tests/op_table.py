@@ -162,6 +162,7 @@ UPDATES = {
     "widen": "test_bf16.py",
     "narrow": "test_bf16.py",
     "summed": "test_bf16.py",
+    "remembered": "test_transformer.py",
 }
 
 

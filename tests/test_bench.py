@@ -3,13 +3,13 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 
 from minilora import MiniloraError, freeze
-from minilora.lab import bench, bench_primitives
+from minilora.lab import bench, bench_primitives, bench_worker
 from minilora.lab.bench_ours import OurOptimizer, contender, expect_threads, sums
 from minilora.lab.bench_report import bench_figure, bench_report, how, speedups, why
 from minilora.lab.bench_shapes import SHAPES, Job, flops, starting_tree, tokens
@@ -233,6 +233,24 @@ def test_the_width_of_a_product_in_each_worker(contender, kind, width):
     assert blas_threads(Job(contender, SHAPES["S0"], kind=kind, threads=2)) == width
 
 
+@pytest.mark.parametrize(
+    "name, kept", [("minilora", True), ("reference", True), ("torch", True), ("stock", False)]
+)
+def test_who_keeps_large_blocks(name, kept, monkeypatch):
+    """All but torch as its users have it: `prepare` decides before it imports anything."""
+    called = []
+
+    def import_(*args):
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr(bench_worker, "keep_large_blocks", lambda: called.append(1))
+    monkeypatch.setattr(bench_worker, "is_theirs", import_)
+    job = asdict(Job(name, SHAPES["tiny"]))
+    with pytest.raises(RuntimeError, match="far enough"):
+        bench_worker.Answering().prepare(job)
+    assert bool(called) == kept
+
+
 def test_micro_batches_are_ours_alone_and_the_same_step():
     config = bench.BenchConfig(suite="micro", shapes=("tiny",), baselines=("reference",))
     ((facts, jobs),) = bench.cases(config)
@@ -339,10 +357,10 @@ def test_torch_passes_the_gate(monkeypatch):
     monkeypatch.setattr(bench, "TURN", 0.01)
     config = bench.BenchConfig(
         shapes=("tiny",), modes=("lora", "full"), rounds=1, threads=1, patience=0.1,
-        baselines=("torch", "hf"), quiet=1.0,
+        baselines=("torch", "stock", "hf"), quiet=1.0,
     )  # fmt: skip
     for case in bench.bench(config)["cases"]:
-        assert [row["contender"] for row in case["rows"]] == ["minilora", "torch", "hf"]
+        assert [row["contender"] for row in case["rows"]] == ["minilora", "torch", "stock", "hf"]
         assert all(row.get("passed", True) and "error" not in row for row in case["rows"])
 
 

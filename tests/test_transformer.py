@@ -18,10 +18,12 @@ from minilora import (
     parameters,
     to_device,
 )
+from minilora.engine.backend import to_numpy
+from minilora.engine.bf16 import BF16, BFLOAT16, bits_of, float32_of
 from minilora.engine.check import retained
 from minilora.engine.errors import NumericsError
 from minilora.engine.loss import IGNORE, cross_entropy
-from minilora.model.cache import KVCache
+from minilora.model.cache import KVCache, LayerCache, remembered
 from minilora.model.generate import draw, for_decoding
 from minilora.model.module import cast, tensors
 
@@ -355,6 +357,25 @@ def test_a_cache_wants_a_frozen_model(dev, device):
     model = built("llama", device)
     with pytest.raises(MiniloraError, match="freeze"):
         model(dev(np.array([[1]])), positions=dev(np.array([[0]])), cache=KVCache(model, 1, 4))
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_what_is_remembered(half, xp, dev):
+    """Each row's keys and values at its own positions; all before `stop`, as views."""
+    layer = LayerCache(xp, (2, 5, 1, 3), BFLOAT16 if half else np.float32)
+    k, v = np.random.default_rng(0).standard_normal((2, 2, 2, 1, 3)).astype(np.float32)
+    at = np.array([[0, 1], [2, 3]])
+    stored = lambda a: BF16(dev(bits_of(a))) if half else dev(a)
+    rounded = lambda a: float32_of(bits_of(a)) if half else a
+    layer.stop = 4
+    seen = remembered(stored(k), stored(v), layer=layer, positions=dev(at))
+    for found, new, held in zip(seen, (k, v), (layer.keys, layer.values), strict=True):
+        wanted = np.zeros((2, 5, 1, 3), np.float32)
+        wanted[[[0], [1]], at] = rounded(new)
+        np.testing.assert_array_equal(to_numpy(held), wanted)
+        np.testing.assert_array_equal(to_numpy(found), wanted[:, :4])
+        held[:, 0] = stored(np.full((2, 1, 3), 7, np.float32))  # seen too: no copy was made
+        np.testing.assert_array_equal(to_numpy(found)[:, 0], np.full((2, 1, 3), 7))
 
 
 def test_dropout_in_adapters_survives_recomputing(device, dev, host):

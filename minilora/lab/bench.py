@@ -28,6 +28,7 @@ BASELINES = {  # what it is called in print, and the suites that it runs in
     "compile": ("torch.compile + PEFT", ("step", "memory")),
     "bnb": ("bitsandbytes + PEFT", ("step", "memory", "quantize")),
     "erf": ("torch eager, erf-GELU", ("step",)),
+    "stock": ("torch eager + PEFT, malloc as it comes", ("step",)),
     "primitives": ("our primitives", ("step", "memory", "scaling")),
     "reference": ("our specifications", SUITES),
     "blas": ("minilora, BLAS threads", ("step", "memory", "threads")),
@@ -37,8 +38,8 @@ ALONE = {  # the only baselines of a suite, if none are asked for
     "micro": ["torch"], "scaling": ["torch"], "threads": ["torch", "blas"],
 }  # fmt: skip
 PEERS = ("torch", "transformers", "peft", "bitsandbytes")  # that the baselines need
-NEEDS_TORCH = ("torch", "hf", "compile", "erf", "bnb")
-ON_REQUEST = ("erf", "reference", "blas")  # and primitives beside scaling
+NEEDS_TORCH = ("torch", "hf", "compile", "erf", "stock", "bnb")
+ON_REQUEST = ("erf", "stock", "reference", "blas")  # and primitives beside scaling
 GATE, GATE_STEPS = 1e-4, 4
 ERF_GATE = 1e-2  # another function, so its loss is another; close enough to be the same work
 QUIET = 0.07  # of all processors: more than this for others makes a round dirty

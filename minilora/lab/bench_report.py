@@ -13,6 +13,7 @@ NAMES = {
     "hf": "Hugging Face + PEFT",
     "compile": "torch.compile + PEFT",
     "erf": "torch, erf-GELU",
+    "stock": "torch as it comes + PEFT",
     "primitives": "our primitives",
     "reference": "our specifications",
     "blas": "minilora, BLAS threads",
@@ -140,7 +141,7 @@ def bench_figure(record: dict[str, Any], path: str | Path) -> Path:
         if key in row or why(row)
     ]
     colors = {
-        "minilora": BLUE, "torch": BLUE, "hf": SKY, "compile": ORANGE, "erf": PURPLE,
+        "minilora": BLUE, "torch": BLUE, "hf": SKY, "compile": ORANGE, "erf": PURPLE, "stock": SKY,
         "primitives": GREEN, "reference": RED, "blas": YELLOW, "bnb": BLUE,
     }  # fmt: skip
     figure, (ax,) = canvas(6.4, 1.4 + 0.27 * max(3, len(bars)))

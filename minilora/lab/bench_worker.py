@@ -93,7 +93,11 @@ class Answering:
     """The other end: what is asked for, done by the contender of the job."""
 
     def prepare(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Every library gets the allocator that the command line gives minilora, but for torch
+        as its users have it, which is "stock"."""
         self.job = Job(**(job | {"shape": Shape(**job["shape"])}))
+        if self.job.contender != "stock":
+            keep_large_blocks()
         if is_theirs(self.job):
             import peft
             import torch
@@ -137,11 +141,7 @@ class Answering:
 
 
 def main() -> None:
-    """Answer line by line until the pipe closes.  What libraries print goes to stderr.
-
-    Every library gets the allocator that the command line gives minilora.
-    """
-    keep_large_blocks()
+    """Answer line by line until the pipe closes.  What libraries print goes to stderr."""
     pipe = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     answering = Answering()
