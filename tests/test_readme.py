@@ -93,6 +93,15 @@ def test_what_it_says_of_the_speed_of_the_real_model_and_of_codes_is_in_the_reco
     one, two = ([f"{row['ratio']:.2f}" for row in theirs["threads"][i::2]] for i in (0, 1))
     assert "took {} (S1) and {} (S2) of the time of torch and PEFT on one".format(*one) in flat
     assert "on one thread, {} and {} on two".format(*two) in flat
+    stock, same = (
+        [f"{row['ratio']:.2f}" for row in rows("step_stock") if row["contender"] == name]
+        for name in ("stock", "torch")
+    )
+    assert (
+        "allocator setting, it took {} and {} (`figures/bench_step_stock.json`;".format(*stock)
+        in flat
+    )
+    assert "in the same rounds {} and {} against torch with it".format(*same) in flat
 
 
 def test_what_it_says_of_forgetting_is_in_the_record():
