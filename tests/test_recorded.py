@@ -5,7 +5,8 @@ import pytest
 
 from minilora import TransformerConfig, adapt, generate, init_transformer
 from minilora.engine.errors import NumericsError
-from minilora.engine.fused import embedding, gelu
+from minilora.engine.fused import embedding, gelu, linear
+from minilora.engine.ops import softmax
 from minilora.engine.recorded import Recorded
 from minilora.engine.rules import rule, written_down
 from minilora.engine.tensor import Parameter, Tensor, add, matmul, mul
@@ -53,6 +54,16 @@ def test_a_recording_gives_what_the_function_gives(dev, host):
     assert [step.rule.__name__ for step in recorded.steps] == names  # not what `doubled` calls
 
 
+def test_an_index_of_arrays_that_stay_is_the_same(dev, host):
+    x, rows, columns = drawn(dev, 3, 4), dev(np.array([0, 2])), dev(np.array([1, 3]))
+    recorded = Recorded(lambda: mul(Tensor(x)[rows, columns], 2.0).data)
+    for i in range(4):
+        x[...] = drawn(dev, 3, 4, seed=i)
+        rows[...] = dev(np.array([i % 3, 1]))
+        assert bits(host, recorded()) == bits(host, recorded.function())
+    assert len(recorded.steps) == 2
+
+
 def test_the_function_does_not_run_again(dev):
     x, runs = drawn(dev, 3), []
 
@@ -85,6 +96,20 @@ def another_kind_of_number(x, i):
 
 def another_option(x, i):
     return Tensor(x).reshape((3, 2) if i else (2, 3)).data
+
+
+def one_argument_more(x, i):
+    return linear(
+        *(Tensor(x), np.eye(3, dtype=np.float32), np.ones(3, np.float32))[: 2 + i % 2]
+    ).data
+
+
+def one_option_more(x, i):
+    return softmax(Tensor(x), **({"axis": -1} if i else {})).data
+
+
+def another_index(x, i):
+    return Tensor(x)[np.array([i % 2]), np.array([0])].data
 
 
 def another_part(x, i):
@@ -123,6 +148,9 @@ W = Parameter(np.ones(3, np.float32))
         (another_number, "mul: an argument"),
         (another_kind_of_number, "mul: an argument"),
         (another_option, "reshape: an argument"),
+        (one_argument_more, "linear: "),
+        (one_option_more, "softmax: other arguments"),
+        (another_index, "getitem: an argument"),
         (another_part, "mul: an argument"),
         (made_by_no_rule, "mul: an argument"),
         (made_from_a_value_by_no_rule, "mul: an argument"),

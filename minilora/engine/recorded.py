@@ -97,8 +97,10 @@ def steps_of(first: list[Call], second: list[Call]) -> list[Step]:
     slots = slots_of(first), slots_of(second)
     steps = []
     for a, b in zip(first, second, strict=True):
-        if True in a.wants or a.wants != b.wants or a.options.keys() != b.options.keys():
-            raise LookupError(f"{a.rule.__name__}: a gradient is wanted, or other options")
+        if True in a.wants or a.wants != b.wants:
+            raise LookupError(f"{a.rule.__name__}: a gradient is wanted")
+        if len(a.arguments) != len(b.arguments) or a.options.keys() != b.options.keys():
+            raise LookupError(f"{a.rule.__name__}: other arguments were given")
         pairs = [*zip(a.arguments, b.arguments, strict=True)]
         pairs += [(value, b.options[name]) for name, value in a.options.items()]
         came_from = []
@@ -120,7 +122,11 @@ def same(one: Any, other: Any) -> bool:
         return True
     if is_array(one) and is_array(other):
         return where(one) == where(other)
-    return type(one) is type(other) and not is_array(one) and bool(one == other)
+    if type(one) is not type(other) or is_array(one):
+        return False
+    if isinstance(one, (tuple, list)):  # an index, say, which may hold arrays
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
 
 
 def where(array: Any) -> tuple:

@@ -121,7 +121,7 @@ def each_token(
         last[...] += 1
         return choose(newest())
 
-    newest = Recorded(newest)
+    newest = Recorded(newest)  # every token takes the same calls
     advance = step if replay is None else replay(xp, step)
     for made in range(new_tokens):
         if made == 0:
