@@ -40,7 +40,7 @@ class Recorded:
             self.before = calls
             return value
         try:
-            self.steps, self.result = steps_of(self.before, calls), result_of(calls, value)
+            self.steps, self.result = steps_of(self.before, calls, value)
         except LookupError as error:
             self.steps, self.why_not = None, str(error)
         self.before = None
@@ -83,15 +83,11 @@ def slots_of(calls: list[Call]) -> dict[int, int]:
     return {id(value): slot for slot, value in enumerate(values) if is_array(value)}
 
 
-def result_of(calls: list[Call], value: Any) -> int:
-    """Which of all values the function returned.  Errors: `LookupError` if none."""
-    if (slot := slots_of(calls).get(id(value))) is None:
-        raise LookupError("what the function returns, no rule made")
-    return slot
+def steps_of(first: list[Call], second: list[Call], value: Any) -> tuple[list[Step], int]:
+    """The calls that both runs made, and which of all values the second's `value` is.
 
-
-def steps_of(first: list[Call], second: list[Call]) -> list[Step]:
-    """The calls that both runs made.  Errors: `LookupError` saying where they differ."""
+    Errors: `LookupError` saying where the runs differ, or that no rule made the value.
+    """
     if [call.rule for call in first] != [call.rule for call in second]:
         raise LookupError("two runs called different rules")
     slots = slots_of(first), slots_of(second)
@@ -113,7 +109,9 @@ def steps_of(first: list[Call], second: list[Call]) -> list[Step]:
         from_before = [(i, slot) for i, slot in enumerate(came_from[:n]) if slot is not None]
         late = [(k, s) for k, s in zip(a.options, came_from[n:], strict=True) if s is not None]
         steps.append(Step(b.rule, b.xp, list(b.arguments), from_before, b.options, late, b.wants))
-    return steps
+    if (result := slots[1].get(id(value))) is None:
+        raise LookupError("what the function returns, no rule made")
+    return steps, result
 
 
 def same(one: Any, other: Any) -> bool:

@@ -3,22 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from .bench import WEIGHED
+from .bench import BASELINES, WEIGHED
 from .figures import BLUE, COLORS, GREEN, MARKS, ORANGE, PURPLE, RED, SKY, YELLOW, canvas, save
 from .report import size, table
 
-NAMES = {
-    "minilora": "minilora",
-    "torch": "torch eager + PEFT",
-    "hf": "Hugging Face + PEFT",
-    "compile": "torch.compile + PEFT",
-    "erf": "torch, erf-GELU",
-    "stock": "torch as it comes + PEFT",
-    "primitives": "our primitives",
-    "reference": "our specifications",
-    "blas": "minilora, BLAS threads",
-    "bnb": "bitsandbytes + PEFT",
-}
+NAMES = {"minilora": "minilora"} | {name: said for name, (said, _) in BASELINES.items()}
 
 
 def bench_report(record: dict[str, Any]) -> str:

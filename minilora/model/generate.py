@@ -104,6 +104,7 @@ def each_token(
     x = x[rows, last]  # (N, C)
     token, sound = xp.zeros(len(lengths), np.int64), xp.ones(len(lengths), bool)
 
+    @Recorded  # every token takes the same calls
     def newest() -> Any:
         """Logits (N, V) after the newest token of each row."""
         x = model.hidden(token[:, None], positions=last[:, None], cache=cache)
@@ -121,7 +122,6 @@ def each_token(
         last[...] += 1
         return choose(newest())
 
-    newest = Recorded(newest)  # every token takes the same calls
     advance = step if replay is None else replay(xp, step)
     for made in range(new_tokens):
         if made == 0:
