@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from test_ops import rules_of_the_library
 
@@ -52,6 +52,8 @@ def cases(name, rng, n, T, d):
         targets = rng.integers(-1, 11, (n, T))
         targets[targets < 0] = loss.IGNORE
         return normal((n, T, d), (11, d))(rng), {"targets": targets, "chunk": 1 + d}
+    if name == "linear":
+        return normal((n, T, d), (7, d), 7)(rng)[: 2 + T % 2], {}
     if name == "lora_linear":
         arrays = normal((n, T, d), (3, d), (7, 3))(rng)
         return arrays, lora_options(rng, 7, d, bias=bool(T % 2))
@@ -88,6 +90,7 @@ def with_base(options, dtype):
 
 @pytest.mark.parametrize("name", FAST_OPS)
 @given(st.integers(1, 3), st.integers(1, 90), st.integers(1, 33), st.integers(0, 99))
+@example(1, 1, 9, 0)  # a single row has ways of its own
 def test_it_is_its_specification(name, n, T, d, seed):
     rng = np.random.default_rng(seed)
     arrays, options = cases(name, rng, n, T, d)

@@ -5,6 +5,7 @@ H / K query heads; positions (N, T) or None.
 """
 
 import math
+from itertools import accumulate
 from typing import NamedTuple
 
 from .errors import MiniloraError
@@ -24,20 +25,18 @@ def split_heads(xp, x, *, heads, width):
     dtype = x.dtype
     if width * sum(heads) != C:
         raise MiniloraError(f"split_heads: expected {sum(heads)} x {width} channels, found {C}")
-    ends = [width * sum(heads[: i + 1]) for i in range(len(heads))]
-    parts = tuple(
-        x[..., end - h * width : end].reshape(N, T, h, width)
-        for h, end in zip(heads, ends, strict=True)
-    )
+    ends = accumulate(h * width for h in heads)
+    parts = [slice(end - h * width, end) for h, end in zip(heads, ends, strict=True)]
 
     def pullback(g):
         dx = xp.zeros((N, T, C), dtype)
-        for part, h, end in zip(g, heads, ends, strict=True):
-            if part is not None:
-                dx[..., end - h * width : end] = part.reshape(N, T, h * width)
+        for part, dpart in zip(parts, g, strict=True):
+            if dpart is not None:
+                dx[..., part] = dpart.reshape(N, T, part.stop - part.start)
         return dx
 
-    return parts, (pullback,)
+    views = (x[..., part].reshape(N, T, h, width) for part, h in zip(parts, heads, strict=True))
+    return tuple(views), (pullback,)
 
 
 class RopeScaling(NamedTuple):

@@ -1,11 +1,13 @@
 """A function made of rules, run again without the Python between them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from .backend import address_of, is_array
+from .bf16 import BF16
 from .rounding import bits_in
-from .rules import Call, Rule, written_down
+from .rules import Call, Rule, only_reference, written_down
 from .tensor import Op
 
 
@@ -27,12 +29,13 @@ class Recorded:
         self.function = function
         self.before: list[Call] | None = None  # of the first run
         self.steps: list[Step] | None = None
+        self.reference = False  # were the steps recorded inside `reference_rules`?
         self.why_not: str | None = None
 
     def __call__(self) -> Any:
-        if self.steps is not None:
+        if self.steps is not None and only_reference() == self.reference:
             return self.replay()
-        if self.why_not is not None:
+        if self.steps is not None or self.why_not is not None:
             return self.function()
         with written_down() as calls:
             value = self.function()
@@ -41,6 +44,7 @@ class Recorded:
             return value
         try:
             self.steps, self.result = steps_of(self.before, calls, value)
+            self.reference = only_reference()
         except LookupError as error:
             self.steps, self.why_not = None, str(error)
         self.before = None
@@ -48,26 +52,45 @@ class Recorded:
 
     def replay(self) -> Any:
         made: list[Any] = []
-        for rule, xp, arguments, from_before, options, late, wants in self.steps:
+        for call, arguments, from_before, options, late in self.steps:
             given = arguments.copy()
             for place, slot in from_before:
                 given[place] = made[slot]
             if late:
                 options = options | {name: made[slot] for name, slot in late}
-            made += outputs(rule, rule.run(xp, given, options, wants))
+            made += call(given, options)
         return made[self.result]
 
 
 class Step(NamedTuple):
     """A call to make again: what stays, and for the rest the number of the value it was."""
 
-    rule: Rule
-    xp: Any
+    call: "Again"
     arguments: list
     from_before: list[tuple[int, int]]  # (place among the arguments, number of a value)
     options: dict
     late: list[tuple[str, int]]  # (name of an option, number of a value)
-    wants: tuple
+
+
+class Again:
+    """The outputs of a rule that takes the same kinds of arguments every time.
+
+    The function of the rule that is asked first is found once; where it declines, the rule is
+    run as ever.
+    """
+
+    def __init__(self, rule: Rule, xp: ModuleType, arguments: Sequence, wants: tuple):
+        self.rule, self.xp, self.wants = rule, xp, wants
+        self.function = rule.first(xp, BF16 in map(type, arguments))
+        self.told = {"wants": wants} if self.function in rule.told_wants else {}
+
+    def __call__(self, given: list, options: dict) -> tuple:
+        value = NotImplemented
+        if self.function is not None:
+            value = self.function(self.xp, *given, **options, **self.told)
+        if value is NotImplemented:
+            value = self.rule.run(self.xp, given, options, self.wants)
+        return outputs(self.rule, value)
 
 
 def outputs(rule: Rule, value: Any) -> tuple:
@@ -90,7 +113,7 @@ def steps_of(first: list[Call], second: list[Call], value: Any) -> tuple[list[St
     """
     if [call.rule for call in first] != [call.rule for call in second]:
         raise LookupError("two runs called different rules")
-    slots = slots_of(first), slots_of(second)
+    slots, slots_now = slots_of(first), slots_of(second)
     steps = []
     for a, b in zip(first, second, strict=True):
         if True in a.wants or a.wants != b.wants:
@@ -101,15 +124,16 @@ def steps_of(first: list[Call], second: list[Call], value: Any) -> tuple[list[St
         pairs += [(value, b.options[name]) for name, value in a.options.items()]
         came_from = []
         for one, other in pairs:
-            found = [which.get(id(v)) for which, v in zip(slots, (one, other), strict=True)]
-            if found[0] != found[1] or (found[0] is None and not same(one, other)):
+            slot = slots.get(id(one))
+            if slot != slots_now.get(id(other)) or (slot is None and not same(one, other)):
                 raise LookupError(f"{a.rule.__name__}: an argument that no rule made changed")
-            came_from.append(found[0])
+            came_from.append(slot)
         n = len(a.arguments)
         from_before = [(i, slot) for i, slot in enumerate(came_from[:n]) if slot is not None]
         late = [(k, s) for k, s in zip(a.options, came_from[n:], strict=True) if s is not None]
-        steps.append(Step(b.rule, b.xp, list(b.arguments), from_before, b.options, late, b.wants))
-    if (result := slots[1].get(id(value))) is None:
+        again = Again(b.rule, b.xp, b.arguments, b.wants)
+        steps.append(Step(again, list(b.arguments), from_before, b.options, late))
+    if (result := slots_now.get(id(value))) is None:
         raise LookupError("what the function returns, no rule made")
     return steps, result
 

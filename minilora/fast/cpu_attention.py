@@ -111,7 +111,7 @@ def one_query(q, k, v, positions):
         return NotImplemented  # the specification says what is wrong
     s = q.reshape(N, K, H // K, D) @ k.transpose(0, 2, 3, 1)  # (N, K, H/K, S)
     s *= 1 / math.sqrt(D)
-    if (positions != S - 1).any():
+    if not (positions.item() == S - 1 if positions.size == 1 else (positions == S - 1).all()):
         s[np.broadcast_to((np.arange(S) > positions)[:, None, None], s.shape)] = -np.inf
     s -= s.max(axis=-1, keepdims=True)
     np.exp(s, out=s)
@@ -134,10 +134,13 @@ def _(xp, x, *, theta, scaling=None, positions=None):
     if positions is None:
         cos, sin = turns(T, D, theta, scaling, x.dtype)
     else:
-        if positions.min() < 0:
+        one = positions.item() if positions.size == 1 else None
+        low, high = (one, one) if one is not None else (positions.min(), int(positions.max()))
+        if low < 0:
             return NotImplemented
-        reach = 1 << int(positions.max()).bit_length()  # few tables, each twice the one before
-        cos, sin = (table[positions] for table in turns(reach, D, theta, scaling, x.dtype))
+        reach = 1 << high.bit_length()  # few tables, each twice the one before
+        where = positions if one is None else one
+        cos, sin = (table[where] for table in turns(reach, D, theta, scaling, x.dtype))
 
     def rotate(x, sin):
         half = D // 2
