@@ -14,6 +14,7 @@ from minilora.lab.bench_ours import OurOptimizer, contender, expect_threads, sum
 from minilora.lab.bench_report import bench_figure, bench_report, how, speedups, why
 from minilora.lab.bench_shapes import SHAPES, Job, flops, starting_tree, tokens
 from minilora.lab.bench_worker import Worker, blas_threads
+from minilora.lab.machine import machine
 
 
 @pytest.fixture(autouse=True)
@@ -249,6 +250,13 @@ def test_who_keeps_large_blocks(name, kept, monkeypatch):
     with pytest.raises(RuntimeError, match="far enough"):
         bench_worker.Answering().prepare(job)
     assert bool(called) == kept
+
+
+def test_a_record_says_who_chose_the_kernels(monkeypatch):
+    monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
+    assert "OPENBLAS" not in machine()["blas"]
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
+    assert machine()["blas"].endswith(", by OPENBLAS_CORETYPE)")
 
 
 def test_micro_batches_are_ours_alone_and_the_same_step():

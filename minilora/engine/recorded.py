@@ -1,8 +1,8 @@
 """A function made of rules, run again without the Python between them."""
 
-from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any
 
 from .backend import address_of, is_array
 from .bf16 import BF16
@@ -43,7 +43,7 @@ class Recorded:
             self.before = calls
             return value
         try:
-            self.steps, self.result = steps_of(self.before, calls, value)
+            self.steps, self.constants, self.result = steps_of(self.before, calls, value)
             self.reference = only_reference()
         except LookupError as error:
             self.steps, self.why_not = None, str(error)
@@ -51,46 +51,42 @@ class Recorded:
         return value
 
     def replay(self) -> Any:
-        made: list[Any] = []
-        for call, arguments, from_before, options, late in self.steps:
-            given = arguments.copy()
-            for place, slot in from_before:
-                given[place] = made[slot]
-            if late:
-                options = options | {name: made[slot] for name, slot in late}
-            made += call(given, options)
-        return made[self.result]
+        values = self.constants.copy()
+        for step in self.steps:
+            values += step(values)
+        return values[self.result]
 
 
-class Step(NamedTuple):
-    """A call to make again: what stays, and for the rest the number of the value it was."""
+class Step:
+    """A call to make again: the arrays that it returns, from the list of all values so far.
 
-    call: "Again"
-    arguments: list
-    from_before: list[tuple[int, int]]  # (place among the arguments, number of a value)
-    options: dict
-    late: list[tuple[str, int]]  # (name of an option, number of a value)
-
-
-class Again:
-    """The outputs of a rule that takes the same kinds of arguments every time.
-
+    `places` says where in that list the arguments stand, `late` where the options that change.
     The function of the rule that is asked first is found once; where it declines, the rule is
     run as ever.
     """
 
-    def __init__(self, rule: Rule, xp: ModuleType, arguments: Sequence, wants: tuple):
-        self.rule, self.xp, self.wants = rule, xp, wants
-        self.function = rule.first(xp, BF16 in map(type, arguments))
-        self.told = {"wants": wants} if self.function in rule.told_wants else {}
+    def __init__(self, call: Call, places: list[int], late: dict[str, int]):
+        self.rule, self.xp, self.options, self.wants = call.rule, call.xp, call.options, call.wants
+        self.late = late
+        several = len(places) > 1  # else itemgetter gives no tuple
+        self.pick = itemgetter(*places) if several else lambda values: [values[p] for p in places]
+        self.function = call.rule.first(call.xp, BF16 in map(type, call.arguments))
+        told = {"wants": call.wants} if self.function in call.rule.told_wants else {}
+        self.given = call.options | told
 
-    def __call__(self, given: list, options: dict) -> tuple:
-        value = NotImplemented
+    def __call__(self, values: list) -> tuple:
+        arguments, given, value = self.pick(values), self.given, NotImplemented
+        if self.late:
+            given = given | self.options_made(values)
         if self.function is not None:
-            value = self.function(self.xp, *given, **options, **self.told)
+            value = self.function(self.xp, *arguments, **given)
         if value is NotImplemented:
-            value = self.rule.run(self.xp, given, options, self.wants)
+            options = self.options | self.options_made(values)
+            value = self.rule.run(self.xp, arguments, options, self.wants)
         return outputs(self.rule, value)
+
+    def options_made(self, values: list) -> dict[str, Any]:
+        return {name: values[place] for name, place in self.late.items()}
 
 
 def outputs(rule: Rule, value: Any) -> tuple:
@@ -106,36 +102,44 @@ def slots_of(calls: list[Call]) -> dict[int, int]:
     return {id(value): slot for slot, value in enumerate(values) if is_array(value)}
 
 
-def steps_of(first: list[Call], second: list[Call], value: Any) -> tuple[list[Step], int]:
-    """The calls that both runs made, and which of all values the second's `value` is.
+def steps_of(first: list[Call], second: list[Call], value: Any) -> tuple[list[Step], list, int]:
+    """The calls that both runs made, the arguments that stay, and the place of `value`, which the
+    second run gave, in the list of what stays followed by what is made.
 
     Errors: `LookupError` saying where the runs differ, or that no rule made the value.
     """
     if [call.rule for call in first] != [call.rule for call in second]:
         raise LookupError("two runs called different rules")
     slots, slots_now = slots_of(first), slots_of(second)
-    steps = []
+    made = sum(len(call.arguments) for call in second)  # the place of the first value that is made
+    steps: list[Step] = []
+    constants: list[Any] = []
     for a, b in zip(first, second, strict=True):
         if True in a.wants or a.wants != b.wants:
             raise LookupError(f"{a.rule.__name__}: a gradient is wanted")
         if len(a.arguments) != len(b.arguments) or a.options.keys() != b.options.keys():
             raise LookupError(f"{a.rule.__name__}: other arguments were given")
-        pairs = [*zip(a.arguments, b.arguments, strict=True)]
-        pairs += [(value, b.options[name]) for name, value in a.options.items()]
-        came_from = []
-        for one, other in pairs:
-            slot = slots.get(id(one))
-            if slot != slots_now.get(id(other)) or (slot is None and not same(one, other)):
-                raise LookupError(f"{a.rule.__name__}: an argument that no rule made changed")
-            came_from.append(slot)
-        n = len(a.arguments)
-        from_before = [(i, slot) for i, slot in enumerate(came_from[:n]) if slot is not None]
-        late = [(k, s) for k, s in zip(a.options, came_from[n:], strict=True) if s is not None]
-        again = Again(b.rule, b.xp, b.arguments, b.wants)
-        steps.append(Step(again, list(b.arguments), from_before, b.options, late))
+        places, late = [], {}
+        for one, other in zip(a.arguments, b.arguments, strict=True):
+            slot = came_from(a.rule, one, other, slots, slots_now)
+            places.append(len(constants) if slot is None else made + slot)
+            constants.append(other if slot is None else None)
+        for name, one in a.options.items():
+            slot = came_from(a.rule, one, b.options[name], slots, slots_now)
+            if slot is not None:
+                late[name] = made + slot
+        steps.append(Step(b, places, late))
     if (result := slots_now.get(id(value))) is None:
         raise LookupError("what the function returns, no rule made")
-    return steps, result
+    return steps, constants, made + result
+
+
+def came_from(rule: Rule, one: Any, other: Any, slots: dict, slots_now: dict) -> int | None:
+    """Which of all values an argument was, the same in both runs; None if it stays as it is."""
+    slot = slots.get(id(one))
+    if slot != slots_now.get(id(other)) or (slot is None and not same(one, other)):
+        raise LookupError(f"{rule.__name__}: an argument that no rule made changed")
+    return slot
 
 
 def same(one: Any, other: Any) -> bool:

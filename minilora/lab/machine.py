@@ -106,7 +106,7 @@ def processor() -> str:
 
 
 def blas() -> str:
-    """NumPy's BLAS: its name, version and the kernels that it chose."""
+    """NumPy's BLAS: its name, version and kernels, and whether the environment chose those."""
     try:
         from threadpoolctl import threadpool_info
     except ImportError:
@@ -114,7 +114,10 @@ def blas() -> str:
         return f"{found['name']} {found['version']}"
     for pool in threadpool_info():
         if pool["user_api"] == "blas":
-            return f"{pool['internal_api']} {pool['version']} ({pool.get('architecture', '?')})"
+            kernels = pool.get("architecture", "?")
+            if "OPENBLAS_CORETYPE" in os.environ:
+                kernels += ", by OPENBLAS_CORETYPE"
+            return f"{pool['internal_api']} {pool['version']} ({kernels})"
     return "unknown"
 
 
