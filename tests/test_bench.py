@@ -183,7 +183,10 @@ def test_what_a_figure_says_of_its_bars(record):
         "", "failed", "refused by the gate",
     )  # fmt: skip
     said = lambda *clocks: how(record | {"cases": [case | {"measure": clock} for clock in clocks]})
-    assert "up to 1 thread; bars: median over 1 clean rounds" in said("wall")
+    assert "up to 1 thread;\nbars: median over 1 clean rounds" in said("wall")
+    said_of = how(record | {"cases": [], "ceilings": {"numpy": 476.4, "torch": 213.6},
+                            "config": record["config"] | {"suite": "memory"}})  # fmt: skip
+    assert "sgemm at 476 : 214 GFLOP/s" in said_of
     assert "no clean window" in said("cpu")
     assert "some by CPU time" in said("wall", "cpu")
 

@@ -1,5 +1,7 @@
 """A recording makes the calls that the function would make, or says why there is none."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 
@@ -8,8 +10,8 @@ from minilora.engine.errors import NumericsError
 from minilora.engine.fused import embedding, gelu, linear
 from minilora.engine.ops import softmax
 from minilora.engine.recorded import Recorded
-from minilora.engine.rules import rule, written_down
-from minilora.engine.tensor import Parameter, Tensor, add, matmul, mul
+from minilora.engine.rules import reference_rules, rule, written_down
+from minilora.engine.tensor import Parameter, Tensor, add, matmul, mul, op
 from minilora.lora.adapters import mix, take
 from minilora.model import generate as module
 from minilora.model.module import to_device
@@ -169,6 +171,54 @@ def test_what_is_not_recorded_runs_as_it_is(function, why, device):
         assert recorded().tobytes() == function(x, i[0]).tobytes()
     assert recorded.steps is None
     assert why in recorded.why_not
+
+
+@pytest.mark.parametrize("recorded_on", ["fast", "reference"])
+def test_a_recording_is_not_played_under_other_rules(recorded_on, dev, host):
+    """It asks the function that it found once, which the other kind of rules would not ask."""
+    x, asked = drawn(dev, 2, 3), []
+
+    @op
+    def halved(xp, x):
+        asked.append("specification")
+        return 0.5 * x, (lambda g: 0.5 * g,)
+
+    @halved.on("numpy", "cupy")
+    def _(xp, x):
+        asked.append("fast")
+        return 0.5 * x, (lambda g: 0.5 * g,)
+
+    recorded = Recorded(lambda: halved(Tensor(x)).data)
+    with reference_rules() if recorded_on == "reference" else nullcontext():
+        for _ in range(3):
+            recorded()
+    assert recorded.steps is not None
+    asked.clear()
+    recorded()
+    with reference_rules():
+        recorded()
+    assert asked == ["fast", "specification"]
+
+
+def test_what_the_fast_rule_declines_the_specification_answers(dev, host):
+    """The answer may be another from run to run: a rule looks at numbers too."""
+    x = drawn(dev, 2, 3)
+
+    @op
+    def halved(xp, x, *, wants=()):
+        return 0.5 * x, None
+
+    @halved.on("numpy", "cupy")
+    def _(xp, x, *, wants):
+        assert wants == (False,)
+        return NotImplemented if host(x)[0, 0] < 0 else (x / 2 + 1, None)
+
+    recorded = Recorded(lambda: halved(Tensor(x)).data)
+    for sign in (1, 1, 1, -1, 1):
+        x[...] = sign * abs(x)
+        assert bits(host, recorded()) == bits(host, halved(Tensor(x)).data)
+        assert bits(host, recorded()) == bits(host, 0.5 * x + (sign > 0))
+    assert recorded.why_not is None
 
 
 def test_errors_of_rules_are_raised_from_a_recording(device):

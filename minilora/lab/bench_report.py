@@ -44,7 +44,8 @@ def bench_report(record: dict[str, Any]) -> str:
 def line(case: dict[str, Any], row: dict[str, Any], memory: bool) -> list[str]:
     ratio = f"{row['ratio']:.2f}" if "ratio" in row else "-"
     low_high = "{:.2f}-{:.2f}".format(*row["ratio_range"]) if "ratio_range" in row else "-"
-    gap = f"{row['gap']:.0e}" if row.get("gap") else "-"
+    raced = row["contender"] != "minilora" and row.get("gap") is not None
+    gap = f"{row['gap']:.0e}" if raced else "-"
     if row.get("passed") is False:
         gap += " REFUSED"
     threads = row.get("working", 1 if case.get("measure") == "cpu" else case["threads"])
@@ -163,19 +164,20 @@ def why(row: dict[str, Any]) -> str:
 
 
 def how(record: dict[str, Any]) -> str:
-    """How a figure was measured, in a line."""
+    """How a figure was measured, in a line or two."""
     config, cases = record["config"], record["cases"]
+    rates = " : ".join(f"{rate:.0f}" for rate in record["ceilings"].values())
+    where = f"{record['machine']['cpu']}, sgemm at {rates} GFLOP/s"
     threads = f"{config['threads']} thread{'s' if config['threads'] > 1 else ''}"
     if config["suite"] == "memory":
-        return f"{record['machine']['cpu']}, {threads}; a fresh process for each bar"
+        return f"{where}, {threads}; a fresh process for each bar"
     clocks = {case["measure"] for case in cases}
     rounds = min(case["clean"] for case in cases)
     if clocks == {"cpu"}:
-        return f"{record['machine']['cpu']}, CPU time on 1 thread: no clean window"
+        return f"{where}, CPU time on 1 thread: no clean window"
     mixed = "; some by CPU time on 1 thread" if "cpu" in clocks else ""
     return (
-        f"{record['machine']['cpu']}, up to {threads}; "
-        f"bars: median over {rounds} clean rounds, lines: range{mixed}"
+        f"{where}, up to {threads};\nbars: median over {rounds} clean rounds, lines: range{mixed}"
     )
 
 
@@ -237,21 +239,38 @@ def scaling_figure(record: dict[str, Any], path: str | Path) -> Path:
     return save(figure, path)
 
 
-def bench_summary(steps: dict[str, Any], memory: dict[str, Any]) -> str:
-    """Both suites in one Markdown table: ours over theirs in time and in peak memory, by case."""
-    peaks = {case["title"]: case for case in memory["cases"]}
-    lines = ["| case | against | time, ours / theirs | range | memory, ours / theirs |",
-             "|---|---|---|---|---|"]  # fmt: skip
+def bench_summary(steps: dict[str, Any], even: dict[str, Any], memory: dict[str, Any]) -> str:
+    """Time and peak memory of a step in one Markdown table: ours over theirs, by case.
+
+    `even` is a record of the same steps on a machine where both sides multiply equally fast.
+    """
+
+    def row_of(record: dict[str, Any], title: str, contender: str) -> dict[str, Any]:
+        case = next(case for case in record["cases"] if case["title"] == title)
+        return next(row for row in case["rows"] if row["contender"] == contender)
+
+    def ratio(row: dict[str, Any]) -> str:
+        return f"{row['ratio']:.2f}" if "ratio" in row else "refused by the gate"
+
+    rates = ["{numpy:.0f} : {torch:.0f}".format(**record["ceilings"]) for record in (steps, even)]
+    lines = [
+        "| case | against | time at {} | range | time at {} | memory |".format(*rates),
+        "|---|---|---|---|---|---|",
+    ]
     for case in steps["cases"]:
         for row in case["rows"]:
-            if row["contender"] not in ("torch", "bnb"):
+            title, contender = case["title"], row["contender"]
+            if contender not in ("torch", "bnb"):
                 continue
-            beside = next(
-                r for r in peaks[case["title"]]["rows"] if r["contender"] == row["contender"]
-            )
-            time = f"{row['ratio']:.2f}" if "ratio" in row else "refused by the gate"
             low_high = "{:.2f} to {:.2f}".format(*row["ratio_range"]) if "ratio" in row else "-"
-            held = f"{beside['bytes_ratio']:.2f}" if "bytes_ratio" in beside else "-"
-            name = NAMES[row["contender"]]
-            lines.append(f"| {case['title']} | {name} | {time} | {low_high} | {held} |")
+            held = row_of(memory, title, contender).get("bytes_ratio")
+            cells = (
+                title,
+                NAMES[contender],
+                ratio(row),
+                low_high,
+                ratio(row_of(even, title, contender)),
+                "-" if held is None else f"{held:.2f}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
