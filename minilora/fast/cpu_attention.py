@@ -134,13 +134,14 @@ def _(xp, x, *, theta, scaling=None, positions=None):
     if positions is None:
         cos, sin = turns(T, D, theta, scaling, x.dtype)
     else:
-        one = positions.item() if positions.size == 1 else None
-        low, high = (one, one) if one is not None else (positions.min(), int(positions.max()))
+        if positions.size == 1:  # as in decoding: a number is looked up faster than an array
+            positions = low = high = positions.item()
+        else:
+            low, high = int(positions.min()), int(positions.max())
         if low < 0:
             return NotImplemented
         reach = 1 << high.bit_length()  # few tables, each twice the one before
-        where = positions if one is None else one
-        cos, sin = (table[where] for table in turns(reach, D, theta, scaling, x.dtype))
+        cos, sin = (table[positions] for table in turns(reach, D, theta, scaling, x.dtype))
 
     def rotate(x, sin):
         half = D // 2
