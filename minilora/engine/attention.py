@@ -29,10 +29,9 @@ def split_heads(xp, x, *, heads, width):
     parts = [slice(end - h * width, end) for h, end in zip(heads, ends, strict=True)]
 
     def pullback(g):
-        dx = xp.zeros((N, T, C), dtype)
+        dx = xp.empty((N, T, C), dtype)
         for part, dpart in zip(parts, g, strict=True):
-            if dpart is not None:
-                dx[..., part] = dpart.reshape(N, T, part.stop - part.start)
+            dx[..., part] = 0 if dpart is None else dpart.reshape(N, T, part.stop - part.start)
         return dx
 
     views = (x[..., part].reshape(N, T, h, width) for part, h in zip(parts, heads, strict=True))

@@ -1,7 +1,8 @@
 """A model is a tree of frozen dataclasses; changing it builds a new one that shares the rest."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any, dataclass_transform
 
 from ..engine.backend import is_array
@@ -20,13 +21,19 @@ def module(cls: type) -> type:
 
 
 def is_module(value: Any) -> bool:
-    return is_dataclass(value) and not isinstance(value, type) and hasattr(value, "is_module")
+    return hasattr(type(value), "is_module")
+
+
+@cache
+def branches(kind: type) -> tuple[str, ...]:
+    """The names of a module's fields; remembered by class, for every walk asks."""
+    return tuple(field.name for field in fields(kind))
 
 
 def children(node: Any) -> list[tuple[str, Any]]:
     """The branches of a module, list or tuple, with their names; [] for anything else."""
     if is_module(node):
-        return [(field.name, getattr(node, field.name)) for field in fields(node)]
+        return [(name, getattr(node, name)) for name in branches(type(node))]
     if isinstance(node, (list, tuple)):
         return [(str(i), child) for i, child in enumerate(node)]
     return []
