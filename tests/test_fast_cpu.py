@@ -110,6 +110,21 @@ def test_it_is_its_specification(name, n, T, d, seed):
             assert gap <= tolerance * (50 if name == "layer_norm" and d < 3 else 1)
 
 
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("size", [1e20, 1e-25, np.nan, 0.0])
+def test_norms_of_rows_out_of_range(name, rows, size):
+    """The specification answers where squares overflow or vanish, for one row as for several."""
+    arrays, options = cases(name, np.random.default_rng(0), 1, rows, 6)
+    arrays = [a.astype(np.float32) for a in arrays]
+    arrays[0] *= np.float32(size)
+    with np.errstate(all="ignore"):
+        found = FAST_OPS[name](*arrays, **options).data
+        with reference_rules():
+            wanted = FAST_OPS[name](*arrays, **options).data
+    np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-6)
+
+
 @given(
     st.integers(1, 4), st.integers(1, 40), st.sampled_from([(4, 4), (4, 2), (3, 1)]),
     st.sampled_from([1, 6, 16]), st.sampled_from(["newest", "ragged", "prompt"]),
