@@ -166,9 +166,11 @@ def test_a_layout_for_decoding_holds_the_same_numbers(style, device, dev, host):
     for path, held in tensors(model).items():
         np.testing.assert_array_equal(host(tensors(laid_out)[path].data), host(held.data))
     if device == "cpu":
-        weight = laid_out.blocks[0].mlp.up.weight.data
-        assert weight.flags.f_contiguous
-        assert not np.shares_memory(weight, model.blocks[0].mlp.up.weight.data)
+        high, wide = (getattr(laid_out.blocks[0].mlp, name).weight.data for name in ("up", "down"))
+        assert high.flags.f_contiguous
+        assert wide.flags.c_contiguous
+        for name, weight in (("up", high), ("down", wide)):
+            assert not np.shares_memory(weight, getattr(model.blocks[0].mlp, name).weight.data)
     ids = dev(some_ids())
     np.testing.assert_allclose(host(laid_out(ids).data), host(model(ids).data), rtol=0, atol=2e-5)
     prompts = [row.tolist() for row in some_ids((3, 5))]

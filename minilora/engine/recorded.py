@@ -1,8 +1,8 @@
 """A function made of rules, run again without the Python between them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from .backend import address_of, is_array
 from .bf16 import BF16
@@ -28,14 +28,14 @@ class Recorded:
     def __init__(self, function: Callable[[], Any]):
         self.function = function
         self.before: list[Call] | None = None  # of the first run
-        self.steps: list[Step] | None = None
-        self.reference = False  # were the steps recorded inside `reference_rules`?
+        self.program: Program | None = None
+        self.reference = False  # was the program written inside `reference_rules`?
         self.why_not: str | None = None
 
     def __call__(self) -> Any:
-        if self.steps is not None and only_reference() == self.reference:
-            return self.replay()
-        if self.steps is not None or self.why_not is not None:
+        if self.program is not None and only_reference() == self.reference:
+            return self.program.run()
+        if self.program is not None or self.why_not is not None:
             return self.function()
         with written_down() as calls:
             value = self.function()
@@ -43,68 +43,93 @@ class Recorded:
             self.before = calls
             return value
         try:
-            self.steps, self.constants, self.result = steps_of(self.before, calls, value)
+            self.program = program_of(self.before, calls, value)
             self.reference = only_reference()
         except LookupError as error:
-            self.steps, self.why_not = None, str(error)
+            self.why_not = str(error)
         self.before = None
         return value
 
-    def replay(self) -> Any:
+
+class Step(NamedTuple):
+    """A call to make again: `function` of what `pick` takes out of all values so far."""
+
+    rule: Rule
+    function: Callable
+    pick: Callable[[list], Sequence]
+    several: bool  # are there several values?
+
+
+class Program(NamedTuple):
+    """Steps that start from the arguments that stay; which of all values is the result."""
+
+    constants: list
+    steps: list[Step]
+    result: int
+
+    def run(self) -> Any:
         values = self.constants.copy()
-        for step in self.steps:
-            values += step(values)
+        for _, function, pick, several in self.steps:
+            value = function(*pick(values))
+            if several:
+                values += value
+            else:
+                values.append(value)
         return values[self.result]
 
 
-class Step:
-    """A call to make again: the arrays that it returns, from the list of all values so far.
+def picker(places: list[int]) -> Callable[[list], Sequence]:
+    """values -> the values at these places, in the compiled code of Python's own."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return itemgetter(slice(places[0], places[0] + 1) if places else slice(0))
 
-    `places` says where in that list the arguments stand, `late` where the options that change.
-    The function of the rule that is asked first is found once; where it declines, the rule is
-    run as ever.
+
+def function_of(call: Call, late: list[str]) -> Callable:
+    """The call as a function of its arguments, followed by the options named in `late`.
+
+    What was prepared for it; else the rule itself, of which the function that is asked first is
+    found once: where it declines, the rule is run as ever.
     """
+    rule, xp, options, wants = call.rule, call.xp, call.options, call.wants
+    half = BF16 in map(type, call.arguments)
+    if not (late or half or only_reference()) and xp.__name__ in rule.prepared:
+        function = rule.prepared[xp.__name__](*call.arguments, **options)
+        if function is not NotImplemented:
+            return function
+    first = rule.first(xp, half)
+    told = {"wants": wants} if first in rule.told_wants else {}
+    count = len(call.arguments)
 
-    def __init__(self, call: Call, places: list[int], late: dict[str, int]):
-        self.rule, self.xp, self.options, self.wants = call.rule, call.xp, call.options, call.wants
-        self.late = late
-        several = len(places) > 1  # else itemgetter gives no tuple
-        self.pick = itemgetter(*places) if several else lambda values: [values[p] for p in places]
-        self.function = call.rule.first(call.xp, BF16 in map(type, call.arguments))
-        told = {"wants": call.wants} if self.function in call.rule.told_wants else {}
-        self.given = call.options | told
-
-    def __call__(self, values: list) -> tuple:
-        arguments, given, value = self.pick(values), self.given, NotImplemented
-        if self.late:
-            given = given | self.options_made(values)
-        if self.function is not None:
-            value = self.function(self.xp, *arguments, **given)
+    def again(*values: Any) -> Any:
+        arguments, given = values[:count], options
+        if late:
+            given = options | dict(zip(late, values[count:], strict=True))
+        value = NotImplemented
+        if first is not None:
+            value = first(xp, *arguments, **given, **told)
         if value is NotImplemented:
-            options = self.options | self.options_made(values)
-            value = self.rule.run(self.xp, arguments, options, self.wants)
-        return outputs(self.rule, value)
+            value = rule.run(xp, arguments, given, wants)
+        return value[0] if isinstance(rule, Op) else value
 
-    def options_made(self, values: list) -> dict[str, Any]:
-        return {name: values[place] for name, place in self.late.items()}
+    return again
 
 
-def outputs(rule: Rule, value: Any) -> tuple:
-    """The arrays in what a rule returned, in order."""
-    if isinstance(rule, Op):
-        value = value[0]
-    return value if isinstance(value, tuple) else (value,)
+def given_by(call: Call) -> Any:
+    """The value, or the tuple of values, that a rule returned."""
+    return call.value[0] if isinstance(call.rule, Op) else call.value
 
 
 def slots_of(calls: list[Call]) -> dict[int, int]:
-    """{id of an array: which of all values it is, counted in order}."""
-    values = [value for call in calls for value in outputs(call.rule, call.value)]
+    """{id of an array: which of all that the calls gave it is, counted in order}."""
+    values: list[Any] = []
+    for value in map(given_by, calls):
+        values += value if isinstance(value, tuple) else (value,)
     return {id(value): slot for slot, value in enumerate(values) if is_array(value)}
 
 
-def steps_of(first: list[Call], second: list[Call], value: Any) -> tuple[list[Step], list, int]:
-    """The calls that both runs made, the arguments that stay, and the place of `value`, which the
-    second run gave, in the list of what stays followed by what is made.
+def program_of(first: list[Call], second: list[Call], value: Any) -> Program:
+    """The calls that both runs made; its result is what `value` is in the second.
 
     Errors: `LookupError` saying where the runs differ, or that no rule made the value.
     """
@@ -119,7 +144,7 @@ def steps_of(first: list[Call], second: list[Call], value: Any) -> tuple[list[St
             raise LookupError(f"{a.rule.__name__}: a gradient is wanted")
         if len(a.arguments) != len(b.arguments) or a.options.keys() != b.options.keys():
             raise LookupError(f"{a.rule.__name__}: other arguments were given")
-        places, late = [], {}
+        places, late = [], []
         for one, other in zip(a.arguments, b.arguments, strict=True):
             slot = came_from(a.rule, one, other, slots, slots_now)
             places.append(len(constants) if slot is None else made + slot)
@@ -127,11 +152,13 @@ def steps_of(first: list[Call], second: list[Call], value: Any) -> tuple[list[St
         for name, one in a.options.items():
             slot = came_from(a.rule, one, b.options[name], slots, slots_now)
             if slot is not None:
-                late[name] = made + slot
-        steps.append(Step(b, places, late))
+                places.append(made + slot)
+                late.append(name)
+        several = isinstance(given_by(b), tuple)
+        steps.append(Step(b.rule, function_of(b, late), picker(places), several))
     if (result := slots_now.get(id(value))) is None:
         raise LookupError("what the function returns, no rule made")
-    return steps, constants, made + result
+    return Program(constants, steps, made + result)
 
 
 def came_from(rule: Rule, one: Any, other: Any, slots: dict, slots_now: dict) -> int | None:

@@ -65,6 +65,7 @@ class Rule:
     def __init__(self, specification: Callable):
         self.specification = specification
         self.fast: dict[str, Callable] = {}
+        self.prepared: dict[str, Callable] = {}
         self.__name__ = specification.__name__
         self.__doc__ = specification.__doc__
         self.__module__ = specification.__module__
@@ -80,6 +81,22 @@ class Rule:
             if declares_wants(rule):
                 self.told_wants.add(rule)
             return rule
+
+        return register
+
+    def prepared_on(self, library: str) -> Callable[[Callable], Callable]:
+        """Register what one asks who will make the like of a call again and again, for no gradient.
+
+        Given the arguments and options of such a call, it returns a function of the arguments
+        alone, which gives the value (no pullbacks) and has nothing left to check or to find
+        out.  That function may rely on the arguments' dtypes and number of axes; an array among
+        the options it reads anew, and what may vary in size it sizes anew, or NumPy raises.
+        `NotImplemented` for a call that it does not take: then the rule is run as ever.
+        """
+
+        def register(prepare: Callable) -> Callable:
+            self.prepared[library] = prepare
+            return prepare
 
         return register
 

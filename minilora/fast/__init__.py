@@ -5,6 +5,7 @@ from . import (  # noqa: F401
     cpu_attention,
     cpu_optim,
     cpu_quant,
+    cpu_recorded,
     cuda_attention,
     cuda_coded,
     cuda_embedding,

@@ -18,7 +18,6 @@ from ..engine.fused import (
     embedding,
     gelu,
     layer_norm,
-    linear,
     lora_linear,
     rms_norm,
     rows,
@@ -61,21 +60,6 @@ def real(*arrays: np.ndarray | None) -> bool:
     """Are these float arrays of one dtype?  The rules here take nothing else."""
     kinds = {a.dtype for a in arrays if a is not None}
     return len(kinds) == 1 and kinds.pop().kind == "f"
-
-
-@linear.on("numpy")
-def _(xp, x, W, b=None):
-    """A single row, as decoding has it: a matrix times a vector, and no more calls than needed."""
-    if x.size == 0 or not W.shape[1:] == x.shape[-1:] == (x.size,) or not real(x, W, b):
-        return NotImplemented
-    y = W.dot(x.reshape(-1))
-    if b is not None:
-        y += b
-    return y.reshape(*x.shape[:-1], len(W)), (
-        lambda g: g @ W,
-        lambda g: np.outer(g, x),
-        lambda g: g.reshape(-1),
-    )
 
 
 @gelu.on("numpy")
@@ -203,19 +187,33 @@ def equal_parts(C, dtype):
 
 
 def normalized(x, weight, bias, eps, centered):
-    """Both norms; keeps n and 1/√."""
+    """Both norms, a few rows at a time; keeps n and 1/√."""
     if x.size == 0:
         return NotImplemented
     shape, C, flat = x.shape, x.shape[-1], rows(x)
     average = equal_parts(C, x.dtype)
-    normalize = one_row if len(flat) == 1 else many_rows
-    found = normalize(flat, weight, bias, eps, average if centered else None)
-    if found is None:  # squares out of range: the specification takes more care
-        return NotImplemented
-    y, n, inverse = found
+    n, y = np.empty(flat.shape, x.dtype), np.empty(flat.shape, x.dtype)
+    inverse = np.empty((len(flat), 1), x.dtype)
+    for part in blocks(len(flat), max(1, BLOCK // C)):
+        m = n[part]
+        if centered:
+            np.subtract(flat[part], (flat[part] @ average)[:, None], out=m)
+        else:
+            m[...] = flat[part]
+        with np.errstate(over="ignore"):  # an overflow is seen in the next line but one
+            square = np.vecdot(m, m)
+        square /= C
+        if out_of_range(square.max()):
+            return NotImplemented  # squares out of range: the specification takes more care
+        square += x.dtype.type(eps)
+        np.divide(1, np.sqrt(square, out=square), out=inverse[part, 0])
+        m *= inverse[part]
+        np.multiply(m, weight, out=y[part])
+        if bias is not None:
+            y[part] += bias
 
     def pullback(g, wants):
-        g, column = rows(g), np.asarray(inverse, g.dtype).reshape(-1, 1)
+        g = rows(g)
         dx = np.empty(g.shape, g.dtype) if wants[0] else None
         dweight = np.zeros_like(weight) if wants[1] else None
         for part in blocks(len(g), max(1, BLOCK // C)):
@@ -228,53 +226,13 @@ def normalized(x, weight, bias, eps, centered):
                     h -= (h @ average)[:, None]
                 along = np.multiply(n[part], along, out=arena.take("norm", h.shape, h.dtype))
                 h -= along
-                h *= column[part]
+                h *= inverse[part]
         dx = None if dx is None else dx.reshape(shape)
         if bias is None:
             return dx, dweight
         return dx, dweight, g.sum(axis=0) if wants[2] else None
 
     return y.reshape(shape), together(pullback)
-
-
-def one_row(x, weight, bias, eps, average):
-    """What `many_rows` returns for a single one, as decoding has it, in fewer calls."""
-    row = x[0]
-    m = row if average is None else row - row.dot(average)
-    square = float(m.dot(m)) / len(m)
-    if out_of_range(square):
-        return None
-    inverse = 1 / math.sqrt(square + eps)
-    n = m * inverse
-    y = n * weight
-    if bias is not None:
-        y += bias
-    return y, n[None], inverse
-
-
-def many_rows(x, weight, bias, eps, average):
-    """y, n and 1/√ of each row, a few rows at a time; None if a mean of squares is out of range."""
-    n, y = np.empty(x.shape, x.dtype), np.empty(x.shape, x.dtype)
-    inverse = np.empty((len(x), 1), x.dtype)
-    C = x.shape[-1]
-    for part in blocks(len(x), max(1, BLOCK // C)):
-        m = n[part]
-        if average is None:
-            m[...] = x[part]
-        else:
-            np.subtract(x[part], (x[part] @ average)[:, None], out=m)
-        with np.errstate(over="ignore"):  # an overflow is seen in the next line but one
-            square = np.vecdot(m, m)
-        square /= C
-        if out_of_range(square.max()):
-            return None
-        square += x.dtype.type(eps)
-        np.divide(1, np.sqrt(square, out=square), out=inverse[part, 0])
-        m *= inverse[part]
-        np.multiply(m, weight, out=y[part])
-        if bias is not None:
-            y[part] += bias
-    return y, n, inverse
 
 
 def out_of_range(square):

@@ -16,17 +16,16 @@ def _(xp, q, k, v, *, positions=None, tile=64, wants):
     """A few sequences at a time, so that a tile of scores for all heads stays in the cache."""
     if not real(q, k, v) or q.size == 0:
         return NotImplemented
+    (N, T, H, D), (S, K) = q.shape, k.shape[1:3]
+    if k.shape != v.shape or k.shape != (N, S, K, D) or H % K:
+        return NotImplemented  # the specification says what is wrong
     if positions is not None:
         if any(wants):
             return NotImplemented
-        if q.shape[1] == 1:
-            return one_query(q, k, v, positions)
-        if k.shape[1] != q.shape[1] or (positions != np.arange(q.shape[1])).any():
-            return NotImplemented  # else a prompt that fills the cache: positions say 0..T-1
-    N, T, H, D = q.shape
-    K = k.shape[2]
-    if k.shape != v.shape or k.shape != (N, T, K, D) or H % K:
-        return NotImplemented  # the specification says what is wrong
+        if T == 1:
+            return one_query(q, k, v, positions), None
+    if S != T or (positions is not None and (positions != np.arange(T)).any()):
+        return NotImplemented  # else a prompt that fills the cache: positions say 0..T-1
     scale = 1 / math.sqrt(D)
     dtype = q.dtype
     out = np.empty((N, T, H, D), dtype)
@@ -106,17 +105,15 @@ def largest(s):
 def one_query(q, k, v, positions):
     """The newest token of each row against its cache: two products a key head, no tiles."""
     N, S, K, D = k.shape
-    H = q.shape[2]
-    if k.shape != v.shape or q.shape[::3] != (N, D) or H % K:
-        return NotImplemented  # the specification says what is wrong
-    s = q.reshape(N, K, H // K, D) @ k.transpose(0, 2, 3, 1)  # (N, K, H/K, S)
-    s *= 1 / math.sqrt(D)
+    scaled = (q * (1 / math.sqrt(D))).reshape(N, K, -1, D)
+    s = scaled @ k.transpose(0, 2, 3, 1)  # (N, K, H/K, S)
     if not (positions.item() == S - 1 if positions.size == 1 else (positions == S - 1).all()):
         s[np.broadcast_to((np.arange(S) > positions)[:, None, None], s.shape)] = -np.inf
-    s -= s.max(axis=-1, keepdims=True)
+    s -= np.maximum.reduce(s, axis=-1, keepdims=True)
     np.exp(s, out=s)
-    s /= s.sum(axis=-1, keepdims=True)
-    return (s @ v.transpose(0, 2, 1, 3)).reshape(q.shape), None
+    out = s @ v.transpose(0, 2, 1, 3)
+    out /= np.add.reduce(s, axis=-1, keepdims=True)
+    return out.reshape(q.shape)
 
 
 def add_heads(into, a, b):
@@ -134,25 +131,25 @@ def _(xp, x, *, theta, scaling=None, positions=None):
     if positions is None:
         cos, sin = turns(T, D, theta, scaling, x.dtype)
     else:
-        if positions.size == 1:  # as in decoding: a number is looked up faster than an array
-            positions = low = high = positions.item()
-        else:
-            low, high = int(positions.min()), int(positions.max())
-        if low < 0:
+        if positions.min() < 0:
             return NotImplemented
-        reach = 1 << high.bit_length()  # few tables, each twice the one before
-        cos, sin = (table[positions] for table in turns(reach, D, theta, scaling, x.dtype))
+        cos, sin = turns_up_to(int(positions.max()), D, theta, scaling, x.dtype)
+        cos, sin = cos[positions], sin[positions]
+    return turned(x, cos, sin), (lambda g: turned(g, cos, -sin),)
 
-    def rotate(x, sin):
-        half = D // 2
-        y = np.empty(x.shape, x.dtype)
-        y[..., :half], y[..., half:] = x[..., half:], x[..., :half]
-        y *= sin
-        turned = np.multiply(x, cos, out=arena.take("rope", x.shape, x.dtype))
-        y += turned
-        return y
 
-    return rotate(x, sin), (lambda g: rotate(g, -sin),)
+def turned(x, cos, sin):
+    """x cos + swap(x) sin, where swap exchanges the halves of a head."""
+    halves = (*x.shape[:-1], 2, x.shape[-1] // 2)
+    y = x.reshape(halves)[..., ::-1, :] * sin.reshape(*sin.shape[:-1], *halves[-2:])
+    y = y.reshape(x.shape)
+    y += x * cos
+    return y
+
+
+def turns_up_to(position, D, theta, scaling, dtype):
+    """`turns` for few different T, each a power of two."""
+    return turns(1 << position.bit_length(), D, theta, scaling, dtype)
 
 
 @lru_cache(maxsize=16)

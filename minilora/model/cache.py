@@ -15,10 +15,12 @@ class LayerCache:
     """The keys and values of one layer: position p of row n stands at [n, p]."""
 
     def __init__(self, xp: Any, shape: tuple[int, int, int, int], dtype: Any):
-        self.keys = empty(xp, shape, dtype)  # (N, S, K, D)
-        self.values = empty(xp, shape, dtype)
-        for held in (self.keys, self.values):
-            bits_in(held).fill(0)
+        N, S, K, D = shape
+        held = [empty(xp, (N, K, S, D), dtype) for _ in ("keys", "values")]
+        for array in held:
+            bits_in(array).fill(0)
+        # (N, S, K, D), where what one head reads lies in one piece
+        self.keys, self.values = (array.transpose(0, 2, 1, 3) for array in held)
         self.rows = xp.arange(shape[0])[:, None]  # (N, 1)
         self.stop = shape[1]  # positions from here on hold nothing yet
 
