@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from test_fast_cpu import lora_options, with_base
 from test_ops import rules_of_the_library
 
 from minilora.engine.attention import RopeScaling
@@ -48,6 +49,9 @@ def drawn(name, rng, n, d, later):
     if name == "linear":
         W = np.asfortranarray(normal((7, d))) if d % 2 else normal((7, d))
         return [normal((n, 1, d)), W, *([normal(7)] if d % 3 else [])], {}
+    if name == "lora_linear":
+        arrays = [normal((n, 1, d)), normal((3, d)), normal((7, 3))]
+        return arrays, lora_options(np.random.default_rng(d), 7, d, bias=bool(d % 3))
     if name == "layer_norm":
         return [normal((n, 1, d)) + 1, normal(d), normal(d)], {"eps": 1e-5}
     if name == "rms_norm":
@@ -89,11 +93,12 @@ def parts(value):
 def specified(name, arguments, options):
     """The arrays that the specification gives."""
     with reference_rules():
-        return [tensor.data for tensor in parts(PREPARED[name](*arguments, **options))]
+        value = PREPARED[name](*arguments, **with_base(options, arguments[0].dtype))
+    return [tensor.data for tensor in parts(value)]
 
 
 def prepared(name, arguments, options):
-    return PREPARED[name].prepared["numpy"](*arguments, **options)
+    return PREPARED[name].prepared["numpy"](*arguments, **with_base(options, arguments[0].dtype))
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -195,7 +200,7 @@ def test_what_it_does_not_take(name):
             np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["linear", "layer_norm", "rms_norm", "gelu", "swiglu"])
+@pytest.mark.parametrize("name", ["linear", "lora_linear", "layer_norm", "gelu", "swiglu"])
 def test_large_arrays_are_left_to_the_rule(name):
     """It goes by blocks."""
     (arguments, options), _ = cases(name, BLOCK // 8 + 1, 8, 0)

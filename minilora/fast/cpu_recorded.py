@@ -19,9 +19,11 @@ from ..engine.fused import (
     gelu,
     layer_norm,
     linear,
+    lora_linear,
     rms_norm,
     swiglu,
 )
+from ..engine.rules import wide
 from ..engine.tensor import add, getitem, reshape
 from ..model.cache import remembered
 from .cpu import BLOCK, equal_parts, out_of_range, real
@@ -53,19 +55,46 @@ def _(table, *, ids):
 
 @linear.prepared_on("numpy")
 def _(x, W, b=None):
-    """Of a single row the product is that of a matrix and a vector."""
     if not small(x, W, b):
         return NotImplemented
-    (*lead, d), n = x.shape, x.size // x.shape[-1]
-    shape = (*lead, len(W))
+    flat, shape = flattened(x), (*x.shape[:-1], len(W))
 
     def run(x, W, b=None):
-        y = W.dot(x.reshape(d)) if n == 1 else x.reshape(n, d) @ W.T
+        y = times(x.reshape(flat), W)
         if b is not None:
             y += b
         return y.reshape(shape)
 
     return run
+
+
+@lora_linear.prepared_on("numpy")
+def _(x, A, B, *, base, scale):
+    if not small(x, A, B):
+        return NotImplemented
+    flat, shape = flattened(x), (*x.shape[:-1], len(B))
+
+    def run(x, A, B):
+        x = x.reshape(flat)
+        y = times(x, wide(base.dense()))
+        if base.bias is not None:
+            y += wide(base.bias.data)
+        change = times(times(x, A), B)
+        change *= scale
+        y += change
+        return y.reshape(shape)
+
+    return run
+
+
+def flattened(x):
+    """The shape (n, d) of its rows, or (d,) of a single one."""
+    return x.shape[-1:] if x.size == x.shape[-1] else (-1, x.shape[-1])
+
+
+def times(x, W):
+    """x Wᵀ; of a single row the product of a matrix and a vector."""
+    return W.dot(x) if x.ndim == 1 else x @ W.T
 
 
 @layer_norm.prepared_on("numpy")
