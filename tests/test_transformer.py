@@ -158,6 +158,33 @@ def test_greedy_tokens_are_those_of_the_whole_forward(style, device, dev, host):
 
 
 @every_style
+@pytest.mark.parametrize("way", ["plain", "cache", "recompute"])
+def test_only_the_tokens_asked_for(style, way, device, dev, host):
+    """Their hidden values, the cache and all gradients are those of the whole."""
+    model = built(style, device)
+    ids, at = dev(some_ids((3, 7))), dev(np.array([6, 0, 3]))
+    positions = dev(np.broadcast_to(np.arange(7), (3, 7)).copy())
+    caches = [KVCache(model, 3, 7) for _ in range(2)]
+    options = [{}, {}]
+    if way == "cache":
+        model = freeze(model)
+        options = [{"cache": cache, "positions": positions} for cache in caches]
+    if way == "recompute":
+        options = [{"recompute_blocks": True}] * 2
+    whole = model.hidden(ids, **options[0])[dev(np.arange(3)), at]
+    found = model.hidden(ids, at=at, **options[1])
+    assert found.shape == (3, 1, SHAPE["width"])
+    np.testing.assert_allclose(host(found.data)[:, 0], host(whole.data), rtol=0, atol=2e-6)
+    for a, b in zip(*(cache.layers for cache in caches), strict=True):
+        np.testing.assert_array_equal(host(a.keys), host(b.keys))
+    if way != "cache":
+        gradients = [(value * value).sum().backward() for value in (whole, found)]
+        assert gradients[0].keys() == gradients[1].keys()
+        for parameter, g in gradients[0].items():
+            np.testing.assert_allclose(host(gradients[1][parameter]), host(g), rtol=0, atol=2e-4)
+
+
+@every_style
 def test_a_layout_for_decoding_holds_the_same_numbers(style, device, dev, host):
     model = built(style, device)
     laid_out = for_decoding(model)

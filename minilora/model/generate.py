@@ -100,8 +100,8 @@ def each_token(
     positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
     last = to_device(np.asarray(lengths) - 1, device)  # position of each row's newest token
     rows = xp.arange(len(lengths))
-    x = model.hidden(to_device(ids, device), positions=to_device(positions, device), cache=cache)
-    x = x[rows, last]  # (N, C)
+    prompt, where = to_device(ids, device), to_device(positions, device)
+    x = model.hidden(prompt, positions=where, cache=cache, at=last)[:, 0]  # (N, C)
     token, sound = xp.zeros(len(lengths), np.int64), xp.ones(len(lengths), bool)
 
     @Recorded  # every token takes the same calls

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..engine.attention import RopeScaling, attention, rope, split_heads
+from ..engine.backend import xp_of
 from ..engine.errors import MiniloraError
 from ..engine.loss import IGNORE, cross_entropy, head_cross_entropy
 from ..engine.recompute import recompute
@@ -106,7 +107,12 @@ class Attention:
     rope_scaling: RopeScaling | None = None
 
     def __call__(
-        self, x: Tensor, rng: Rng | None, positions: Any = None, cache: LayerCache | None = None
+        self,
+        x: Tensor,
+        rng: Rng | None,
+        positions: Any = None,
+        cache: LayerCache | None = None,
+        at: Any = None,
     ) -> Tensor:
         N, T, _ = x.shape  # (N, T, C)
         q = self.query(x, rng)
@@ -114,7 +120,7 @@ class Attention:
         q = q.reshape(N, T, self.heads, D)  # (N, T, H, D)
         k = self.key(x, rng).reshape(N, T, self.key_heads, D)  # (N, T, K, D)
         v = self.value(x, rng).reshape(N, T, self.key_heads, D)
-        return self.output(attend(self, q, k, v, positions, cache), rng)
+        return self.output(attend(self, q, k, v, positions, cache, at), rng)
 
 
 @module
@@ -129,12 +135,17 @@ class PackedAttention:
     rope_scaling: RopeScaling | None = None
 
     def __call__(
-        self, x: Tensor, rng: Rng | None, positions: Any = None, cache: LayerCache | None = None
+        self,
+        x: Tensor,
+        rng: Rng | None,
+        positions: Any = None,
+        cache: LayerCache | None = None,
+        at: Any = None,
     ) -> Tensor:
         heads = (self.heads, self.key_heads, self.key_heads)
         packed = self.qkv(x, rng)  # (N, T, (H + 2K) D)
         q, k, v = split_heads(packed, heads=heads, width=packed.shape[-1] // sum(heads))
-        return self.output(attend(self, q, k, v, positions, cache), rng)
+        return self.output(attend(self, q, k, v, positions, cache, at), rng)
 
 
 def attend(
@@ -144,16 +155,28 @@ def attend(
     v: Tensor,
     positions: Any,
     cache: LayerCache | None,
+    at: Any,
 ) -> Tensor:
-    """Rotate, remember, attend, and put the heads side by side: (N, T, C)."""
+    """Rotate, remember, attend, and put the heads side by side: (N, T, C).
+
+    With `at` (N,), only the queries at these indices ask: (N, 1, C).
+    """
     if layer.rope_theta is not None:
         turn = {"theta": layer.rope_theta, "scaling": layer.rope_scaling, "positions": positions}
         q, k = rope(q, **turn), rope(k, **turn)
     if cache is not None:
         k, v = cache.extend(k, v, positions)
-    out = attention(q, k, v, positions=None if cache is None else positions)
+    last = positions if cache is not None else None  # the last key that each query sees
+    if at is not None:
+        q, last = only(q, at), at[:, None] if positions is None else only(positions, at)
+    out = attention(q, k, v, positions=last)
     N, T, H, D = out.shape
     return out.reshape(N, T, H * D)
+
+
+def only(x: Any, at: Any) -> Any:
+    """The entry of each row at its index in `at` (N,): (N, T, ...) -> (N, 1, ...)."""
+    return x[xp_of(at).arange(len(at))[:, None], at[:, None]]
 
 
 @module
@@ -171,8 +194,10 @@ class Block:
         rng: Rng | None = None,
         positions: Any = None,
         cache: LayerCache | None = None,
+        at: Any = None,
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rng, positions, cache)
+        attended = self.attention(self.attention_norm(x), rng, positions, cache, at)
+        x = (x if at is None else only(x, at)) + attended
         return x + self.mlp(self.mlp_norm(x), rng)
 
 
@@ -194,11 +219,14 @@ class Transformer:
         rng: Rng | None = None,
         positions: Any = None,
         cache: KVCache | None = None,
+        at: Any = None,
         recompute_blocks: bool = False,
     ) -> Tensor:
         """The normalized residual stream before the head: (N, T, C).
 
         With a `cache`, `positions` (N, T) says where each id stands; without, 0..T-1.
+        With `at` (N,), only what stands there at these indices: (N, 1, C).  Of the last block
+        the other tokens need no more than keys and values.
         With `recompute_blocks`, a block keeps its input only and runs again on the way back.
         """
         if ids.ndim != 2 or ids.shape[1] == 0 or ids.shape[1] > self.config.context:
@@ -213,10 +241,10 @@ class Transformer:
             else:
                 x = x + self.positions(positions)
         for i, block in enumerate(self.blocks):
-            if recompute_blocks:
-                x = recompute(partial(run_block, block), x, rng=rng)
-            else:
-                x = block(x, rng, positions, None if cache is None else cache.layers[i])
+            layer = None if cache is None else cache.layers[i]
+            here = at if i == len(self.blocks) - 1 else None
+            run = partial(block, positions=positions, cache=layer, at=here)
+            x = recompute(run, x, rng=rng) if recompute_blocks else run(x, rng=rng)
         return self.norm(x)
 
     def __call__(self, ids: Any, **options: Any) -> Tensor:
@@ -228,10 +256,6 @@ class Transformer:
         if isinstance(self.head, Linear) and self.head.bias is None:
             return head_cross_entropy(x, self.head.weight, targets=targets, ignore_index=IGNORE)
         return cross_entropy(self.head(x, rng), targets=targets, ignore_index=IGNORE)
-
-
-def run_block(block: Block, x: Tensor, rng: Rng | None = None) -> Tensor:
-    return block(x, rng)
 
 
 def assemble(
