@@ -166,17 +166,17 @@ def attend(
         q, k = rope(q, **turn), rope(k, **turn)
     if cache is not None:
         k, v = cache.extend(k, v, positions)
-    last = positions if cache is not None else None  # the last key that each query sees
+    seen = None if cache is None else positions  # the last key that each query sees; None: its own
     if at is not None:
-        q, last = only(q, at), at[:, None] if positions is None else only(positions, at)
-    out = attention(q, k, v, positions=last)
+        q, seen = only(q, at), at[:, None] if seen is None else only(seen, at)
+    out = attention(q, k, v, positions=seen)
     N, T, H, D = out.shape
     return out.reshape(N, T, H * D)
 
 
 def only(x: Any, at: Any) -> Any:
-    """The entry of each row at its index in `at` (N,): (N, T, ...) -> (N, 1, ...)."""
-    return x[xp_of(at).arange(len(at))[:, None], at[:, None]]
+    """The entry of each row at its index in `at` (N,): (N, T, ...) -> (N, 1, ...); None: all."""
+    return x if at is None else x[xp_of(at).arange(len(at))[:, None], at[:, None]]
 
 
 @module
@@ -196,8 +196,7 @@ class Block:
         cache: LayerCache | None = None,
         at: Any = None,
     ) -> Tensor:
-        attended = self.attention(self.attention_norm(x), rng, positions, cache, at)
-        x = (x if at is None else only(x, at)) + attended
+        x = only(x, at) + self.attention(self.attention_norm(x), rng, positions, cache, at)
         return x + self.mlp(self.mlp_norm(x), rng)
 
 
