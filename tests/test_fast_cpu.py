@@ -37,6 +37,8 @@ def lora_options(rng, d_out, d_in, bias):
 def cases(name, rng, n, T, d):
     if name == "gelu":
         return [3 * rng.standard_normal((n, T, d))], {}
+    if name == "swiglu":
+        return [30 * rng.standard_normal((n, T, d)), rng.standard_normal((n, T, d))], {}
     if name == "layer_norm":
         return [a + 1 for a in normal((n, T, d), d, d)(rng)], {"eps": 1e-5}
     if name == "rms_norm":
@@ -123,6 +125,23 @@ def test_norms_of_rows_out_of_range(name, rows, size):
         with reference_rules():
             wanted = FAST_OPS[name](*arrays, **options).data
     np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_gates_far_from_zero(dtype):
+    """No overflow on the way to a sigmoid of 0, and NaN stays NaN."""
+    gate = np.array([-np.inf, -1e30, -200, -90, -80, 0, 80, 1e30, np.nan], dtype)
+    p, q = Parameter(gate), Parameter(np.ones_like(gate))
+    value = fused.swiglu(p, q)
+    back = value.backward(np.ones_like(gate))
+    for found, wanted in (
+        (value.data[2:-1], [0, 0, -80 * np.exp(-80), 0, 80, 1e30]),
+        (back[p][2:-1], [0, 0, -79 * np.exp(-80), 0.5, 1, 1]),
+        (back[q][2:-1], [0, 0, -80 * np.exp(-80), 0, 80, 1e30]),
+    ):
+        np.testing.assert_allclose(found, np.array(wanted, dtype), rtol=1e-5, atol=1e-35)
+        assert not np.isnan(found).any()
+    assert np.isnan(value.data[-1])
 
 
 @given(

@@ -21,6 +21,7 @@ from ..engine.fused import (
     lora_linear,
     rms_norm,
     rows,
+    swiglu,
 )
 from ..engine.graph import together
 from ..engine.loss import head_cross_entropy
@@ -92,6 +93,49 @@ def _(xp, x, *, wants):
             s *= square
             s += half
     return y, (lambda g: g * slope,)
+
+
+@swiglu.on("numpy")
+def _(xp, gate, up):
+    """Keeps its arguments; σ = 1/(1 + e^-gate), whose eˣ NumPy has twice as fast as tanh."""
+    if not real(gate, up) or gate.shape != up.shape:
+        return NotImplemented
+    gate_, up_ = gate.ravel(), up.ravel()
+    y = np.empty(gate.shape, gate.dtype)
+    flat_y = y.reshape(-1)
+    for part in blocks(gate.size):
+        out = np.divide(gate_[part], inverse_sigmoid(gate_[part], flat_y[part]), out=flat_y[part])
+        out *= up_[part]
+
+    def pullback(g, wants):
+        g = g.ravel()
+        dgate, dup = (np.empty(gate.shape, g.dtype) if wanted else None for wanted in wants)
+        for part in blocks(g.size):
+            a = gate_[part]
+            s = inverse_sigmoid(a, arena.take("swiglu", a.shape, a.dtype))
+            np.reciprocal(s, out=s)
+            if wants[1]:
+                d = np.multiply(a, s, out=dup.reshape(-1)[part])
+                d *= g[part]
+            if wants[0]:  # dy up σ (1 + gate (1 - σ))
+                d = np.subtract(1, s, out=dgate.reshape(-1)[part])
+                d *= a
+                d += 1
+                d *= s
+                d *= up_[part]
+                d *= g[part]
+        return dgate, dup
+
+    return y, together(pullback)
+
+
+def inverse_sigmoid(x, out):
+    """1/σ(x) = 1 + e⁻ˣ, written into `out`; no more than e^87, which float32 still holds."""
+    np.negative(x, out=out)
+    np.minimum(out, 87, out=out)
+    np.exp(out, out=out)
+    out += 1
+    return out
 
 
 @lora_linear.on("numpy")

@@ -26,7 +26,7 @@ from ..engine.fused import (
 from ..engine.rules import wide
 from ..engine.tensor import add, getitem, reshape
 from ..model.cache import remembered
-from .cpu import BLOCK, equal_parts, out_of_range, real
+from .cpu import BLOCK, equal_parts, inverse_sigmoid, out_of_range, real
 from .cpu_attention import one_query, turned, turns_up_to
 
 add.prepared_on("numpy")(lambda a, b: plus)
@@ -176,12 +176,9 @@ def _(gate, up):
 
 
 def gated(gate, up):
-    """gate σ(gate) up, with σ by way of tanh."""
-    y = 0.5 * gate
-    np.tanh(y, out=y)
-    y += 1
-    y *= 0.5
-    y *= gate
+    """gate σ(gate) up"""
+    y = inverse_sigmoid(gate, np.empty_like(gate))
+    np.divide(gate, y, out=y)
     y *= up
     return y
 
