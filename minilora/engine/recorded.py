@@ -17,8 +17,9 @@ class Recorded:
     Which rule is next and where its arguments come from, Python finds out anew in each run,
     though for a model that writes tokens it is the same every time.  Two runs are written down
     and compared.  If they made the same calls, each argument being either the value of the same
-    call before it or an array at the same address, these calls are all that a later run makes;
-    else every run is the function's, and `why_not` says why.
+    call before it or an array at the same address, these calls are all that a later run makes,
+    each by what its rule has prepared (`Rule.prepared_on`); else every run is the function's,
+    and `why_not` says why.
 
     The function takes what changes from run to run out of arrays that stay where they are, and
     returns an array that a rule made; it wants no gradient.  All that it does with arrays, it

@@ -85,13 +85,14 @@ class Rule:
         return register
 
     def prepared_on(self, library: str) -> Callable[[Callable], Callable]:
-        """Register what one asks who will make the like of a call again and again, for no gradient.
+        """Register what a recording asks once of a call that it will make many times more.
 
-        Given the arguments and options of such a call, it returns a function of the arguments
-        alone, which gives the value (no pullbacks) and has nothing left to check or to find
-        out.  That function may rely on the arguments' dtypes and number of axes; an array among
-        the options it reads anew, and what may vary in size it sizes anew, or NumPy raises.
-        `NotImplemented` for a call that it does not take: then the rule is run as ever.
+        Given the arguments and options of the call, of which no gradient is wanted, it returns
+        a function of the arguments alone, which gives the value (no pullbacks) and has nothing
+        left to check or to find out.  That function may rely on the arguments' dtypes and number
+        of axes; an array among the options it reads anew, and what may vary in size it sizes
+        anew, or NumPy raises.  `NotImplemented` for a call that it does not take: then the rule
+        is run as ever.
         """
 
         def register(prepare: Callable) -> Callable:
