@@ -119,7 +119,7 @@ def test_other_codes(options):
 def test_the_peak_is_what_the_engine_holds_at_most(style, method, recompute):
     """But for what a pullback makes for itself: that is scratch, and the allocator's to see."""
     setting = Setting(STYLES[style], method, rank=3, batch=4, length=40, recompute=recompute)
-    assert transient_peak(setting, within=False) == pytest.approx(engine_peak(setting), rel=0.01)
+    assert transient_peak(setting) == pytest.approx(engine_peak(setting), rel=0.01)
 
 
 @pytest.mark.slow
@@ -131,7 +131,7 @@ def test_the_peak_is_what_the_engine_holds_at_most_in_real_sizes(name, method, r
     setting = Setting(
         shape.model, method, batch=shape.batch, length=shape.time, recompute=recompute
     )
-    assert transient_peak(setting, within=False) == pytest.approx(engine_peak(setting), rel=0.01)
+    assert transient_peak(setting) == pytest.approx(engine_peak(setting), rel=0.01)
 
 
 @pytest.mark.slow

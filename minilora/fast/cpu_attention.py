@@ -143,7 +143,7 @@ def turned(x, cos, sin):
     halves = (*x.shape[:-1], 2, x.shape[-1] // 2)
     y = x.reshape(halves)[..., ::-1, :] * sin.reshape(*sin.shape[:-1], *halves[-2:])
     y = y.reshape(x.shape)
-    y += x * cos
+    y += np.multiply(x, cos, out=arena.take("rope", x.shape, x.dtype))
     return y
 
 

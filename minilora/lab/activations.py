@@ -26,7 +26,6 @@ class Step:
 
     `inputs` get a cotangent each: a new array, or with `alias` the one that arrives.  `extra`
     are bytes made and dropped at once: gradients of weights on their way to the flat buffer.
-    `within` are the temporaries of the pullback itself: the op's scratch, not the engine's.
     """
 
     kept: list[Value]
@@ -34,7 +33,6 @@ class Step:
     outputs: list[Value]
     alias: bool = False
     extra: int = 0
-    within: int = 0
     inner: "Tape | None" = None  # recomputed: the block's own tape
 
 
@@ -159,8 +157,7 @@ def block(tape: Tape, x: Value, i: int, shapes: dict, chosen: set[str], turns: V
     else:
         gate, up = linear(n, "gate"), linear(n, "up")
         h = tape.value(config.inner, gate.wants or up.wants)
-        # The specification's pullback: σ, and products of the way back, six arrays at most.
-        tape.op("swiglu", [gate, up], h, (gate, up), within=2 * h.nbytes)
+        tape.op("swiglu", [gate, up], h, (gate, up))
     return tape.add(x, linear(h, "down"))
 
 
@@ -185,17 +182,15 @@ def saved_activations(setting: Setting) -> dict[str, int]:
     return forward(setting).sizes
 
 
-def transient_peak(setting: Setting, within: bool = True) -> int:
+def transient_peak(setting: Setting) -> int:
     """The most bytes alive on the way back beyond what stays from step to step and scratch:
     saved activations not yet freed, and cotangents.
-
-    With `within` also what a pullback makes for itself, which the engine never sees.
     """
     tape = forward(setting)
-    return walk_back(tape, sum(tape.sizes.values()), within)
+    return walk_back(tape, sum(tape.sizes.values()))
 
 
-def walk_back(tape: Tape, live: int, within: bool, gather: bool = False) -> int:
+def walk_back(tape: Tape, live: int, gather: bool = False) -> int:
     """Play the steps from the last to the first; the largest number of bytes alive at once.
 
     With `gather` gradients of weights stay alive, as they do where they are returned.
@@ -216,7 +211,7 @@ def walk_back(tape: Tape, live: int, within: bool, gather: bool = False) -> int:
             # Its input is held already; its output, and all its gradients, live until it ends.
             saved = sum(inside.sizes.values()) + step.outputs[0].nbytes
             saved -= inside.sizes_of(step.kept)
-            peak = max(peak, walk_back(inside, live + saved, within, gather=True))
+            peak = max(peak, walk_back(inside, live + saved, gather=True))
         for value in step.inputs:
             new = g if step.alias else [value.nbytes, 0]
             if not step.alias:
@@ -231,7 +226,7 @@ def walk_back(tape: Tape, live: int, within: bool, gather: bool = False) -> int:
                 old[1] -= 1
                 live -= old[0] if old[1] == 0 else 0
                 waiting[id(value)] = [value.nbytes, 1]
-        peak = max(peak, live + step.extra + step.within * within)
+        peak = max(peak, live + step.extra)
         live += step.extra * gather
         for cotangent in arrived:
             cotangent[1] -= 1

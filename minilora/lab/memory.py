@@ -213,8 +213,8 @@ def scratch(setting: Setting) -> dict[str, int]:
         found["quantizer"] = each * min(QUANTIZED, largest)
     if setting.method == "qlora" and setting.double:
         found["decoded scales"] = 4 * -(-largest // setting.block)
-    if config.mlp == "gelu":
-        found["gelu"] = 2 * b * min(CACHED, setting.tokens * config.inner)
+    inner = b * min(CACHED, setting.tokens * config.inner)
+    found |= {"gelu": 2 * inner} if config.mlp == "gelu" else {"swiglu": inner}
     if config.rope_theta is not None:
         found["rope"] = b * setting.tokens * config.width
     return found
