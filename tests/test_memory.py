@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from engine_meter import weighed
 
 from minilora import MiniloraError, TransformerConfig, count, init_transformer
+from minilora.cli import main
 from minilora.engine.backend import is_array
 from minilora.fast.cpu import arena
 from minilora.lab.activations import transient_peak
@@ -255,6 +257,13 @@ def test_the_table_and_the_figure(tmp_path):
     assert "fits" in text
     path = memory_by_model({"records": records}, tmp_path / "m.png")
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_committed_record_is_what_the_command_writes_today(tmp_path):
+    """It is computed, not measured: another figure is another ledger."""
+    assert main(["memory", "--out", str(tmp_path)]) == 0
+    committed = Path(__file__).parent.parent / "figures" / "memory_by_model.json"
+    assert json.loads((tmp_path / committed.name).read_text()) == json.loads(committed.read_text())
 
 
 @pytest.mark.parametrize(
