@@ -58,7 +58,6 @@ class Step(NamedTuple):
     rule: Rule
     function: Callable
     pick: Callable[[list], Sequence]
-    several: bool  # are there several values?
 
 
 class Program(NamedTuple):
@@ -70,9 +69,9 @@ class Program(NamedTuple):
 
     def run(self) -> Any:
         values = self.constants.copy()
-        for _, function, pick, several in self.steps:
+        for _, function, pick in self.steps:
             value = function(*pick(values))
-            if several:
+            if type(value) is tuple:  # of an op with several
                 values += value
             else:
                 values.append(value)
@@ -89,43 +88,34 @@ def picker(places: list[int]) -> Callable[[list], Sequence]:
 def function_of(call: Call, late: list[str]) -> Callable:
     """The call as a function of its arguments, followed by the options named in `late`.
 
-    What was prepared for it; else the rule itself, of which the function that is asked first is
-    found once: where it declines, the rule is run as ever.
+    What was prepared for it; else the rule is run as ever.
     """
     rule, xp, options, wants = call.rule, call.xp, call.options, call.wants
-    half = BF16 in map(type, call.arguments)
-    if not (late or half or only_reference()) and xp.__name__ in rule.prepared:
+    takes = not (late or only_reference() or BF16 in map(type, call.arguments))
+    if takes and xp.__name__ in rule.prepared:
         function = rule.prepared[xp.__name__](*call.arguments, **options)
         if function is not NotImplemented:
             return function
-    first = rule.first(xp, half)
-    told = {"wants": wants} if first in rule.told_wants else {}
     count = len(call.arguments)
 
     def again(*values: Any) -> Any:
-        arguments, given = values[:count], options
-        if late:
-            given = options | dict(zip(late, values[count:], strict=True))
-        value = NotImplemented
-        if first is not None:
-            value = first(xp, *arguments, **given, **told)
-        if value is NotImplemented:
-            value = rule.run(xp, arguments, given, wants)
-        return value[0] if isinstance(rule, Op) else value
+        given = options | dict(zip(late, values[count:], strict=True))
+        return without_pullbacks(rule, rule.run(xp, values[:count], given, wants))
 
     return again
 
 
-def given_by(call: Call) -> Any:
-    """The value, or the tuple of values, that a rule returned."""
-    return call.value[0] if isinstance(call.rule, Op) else call.value
+def without_pullbacks(rule: Rule, value: Any) -> Any:
+    """The array, or the tuple of arrays, in what a rule returned."""
+    return value[0] if isinstance(rule, Op) else value
 
 
 def slots_of(calls: list[Call]) -> dict[int, int]:
     """{id of an array: which of all that the calls gave it is, counted in order}."""
     values: list[Any] = []
-    for value in map(given_by, calls):
-        values += value if isinstance(value, tuple) else (value,)
+    for call in calls:
+        value = without_pullbacks(call.rule, call.value)
+        values += value if type(value) is tuple else (value,)
     return {id(value): slot for slot, value in enumerate(values) if is_array(value)}
 
 
@@ -155,8 +145,7 @@ def program_of(first: list[Call], second: list[Call], value: Any) -> Program:
             if slot is not None:
                 places.append(made + slot)
                 late.append(name)
-        several = isinstance(given_by(b), tuple)
-        steps.append(Step(b.rule, function_of(b, late), picker(places), several))
+        steps.append(Step(b.rule, function_of(b, late), picker(places)))
     if (result := slots_now.get(id(value))) is None:
         raise LookupError("what the function returns, no rule made")
     return Program(constants, steps, made + result)

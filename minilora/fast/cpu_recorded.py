@@ -5,9 +5,8 @@ arrays are float arrays of one dtype, as in `cpu.py`, and small.
 """
 
 import math
+import operator
 from itertools import accumulate, pairwise
-from operator import add as plus
-from operator import itemgetter, methodcaller
 
 import numpy as np
 
@@ -29,9 +28,9 @@ from ..model.cache import remembered
 from .cpu import BLOCK, equal_parts, inverse_sigmoid, out_of_range, real
 from .cpu_attention import one_query, turned, turns_up_to
 
-add.prepared_on("numpy")(lambda a, b: plus)
-getitem.prepared_on("numpy")(lambda x, *, index: itemgetter(index))
-reshape.prepared_on("numpy")(lambda x, *, shape: methodcaller("reshape", shape))
+add.prepared_on("numpy")(lambda a, b: operator.add)
+getitem.prepared_on("numpy")(lambda x, *, index: operator.itemgetter(index))
+reshape.prepared_on("numpy")(lambda x, *, shape: operator.methodcaller("reshape", shape))
 
 
 def small(*arrays):
@@ -154,33 +153,36 @@ def normalized(shape, eps, specification, average):
 
 @gelu.prepared_on("numpy")
 def _(x):
-    return half_of_tanh if small(x) else NotImplemented
+    """x (1 + t)/2, in the order of the rule for large arrays."""
+    if not small(x):
+        return NotImplemented
 
+    def run(x):
+        y = x * x
+        y *= GELU_SCALE * GELU_CUBE
+        y += GELU_SCALE
+        y *= x
+        np.tanh(y, out=y)
+        y *= 0.5
+        y += 0.5
+        y *= x
+        return y
 
-def half_of_tanh(x):
-    """gelu(x) = x (1 + t)/2, in the order of the rule for large arrays."""
-    y = x * x
-    y *= GELU_SCALE * GELU_CUBE
-    y += GELU_SCALE
-    y *= x
-    np.tanh(y, out=y)
-    y *= 0.5
-    y += 0.5
-    y *= x
-    return y
+    return run
 
 
 @swiglu.prepared_on("numpy")
 def _(gate, up):
-    return gated if small(gate, up) and gate.shape == up.shape else NotImplemented
+    if not small(gate, up) or gate.shape != up.shape:
+        return NotImplemented
 
+    def run(gate, up):
+        y = inverse_sigmoid(gate, np.empty_like(gate))
+        np.divide(gate, y, out=y)
+        y *= up
+        return y
 
-def gated(gate, up):
-    """gate σ(gate) up"""
-    y = inverse_sigmoid(gate, np.empty_like(gate))
-    np.divide(gate, y, out=y)
-    y *= up
-    return y
+    return run
 
 
 @split_heads.prepared_on("numpy")
