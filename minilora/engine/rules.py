@@ -116,7 +116,9 @@ class Rule:
             return value
         half = BF16 in map(type, arguments)
         last = None if half else self.specification
-        rule = self.first(xp, half)
+        rule = last
+        if not _only_reference.get():
+            rule = self.fast.get(f"{xp.__name__} bf16" if half else xp.__name__, last)
         while rule is not None:
             if rule in self.told_wants:
                 value = rule(xp, *arguments, **options, wants=wants)
@@ -128,13 +130,6 @@ class Rule:
         if half:
             return self.rounded(self.run(xp, list(map(wide, arguments)), options, wants), arguments)
         raise MiniloraError(f"{self.__name__}: no rule takes these arguments")
-
-    def first(self, xp: ModuleType, half: bool) -> Callable | None:
-        """The function that is asked before others; None if none takes BF16, where it is `half`."""
-        last = None if half else self.specification
-        if _only_reference.get():
-            return last
-        return self.fast.get(f"{xp.__name__} bf16" if half else xp.__name__, last)
 
     def rounded(self, value: Any, arguments: Sequence) -> Any:
         """What float32 gave to a call with BF16 arguments: codes and scales stay as they are."""
