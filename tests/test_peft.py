@@ -480,7 +480,9 @@ def test_killed_while_saving(tmp_path, trials):
     root = Path(minilora.__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     interrupted = 0
-    for _ in range(trials):
+    for trial in range(20 * trials):  # on a slow machine a few kills may all fall beside a save
+        if trial >= trials and interrupted:
+            break
         child = subprocess.Popen(
             [sys.executable, "-c", LOOP, path, Path(__file__).parent],
             stdout=subprocess.PIPE, env=environment,
