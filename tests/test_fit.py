@@ -200,15 +200,19 @@ def poison(xp, x):
     return x * 1.0, (lambda g: g * float("nan"),)
 
 
+def step_and_part(rng):
+    """Of the Generator that a loss is given: the step, from 1, and (shard, micro-batch)."""
+    _, step, shard, micro = rng.bit_generator.seed_seq.entropy
+    return step + 1, (shard, micro)
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 def test_a_bad_gradient_names_its_step_and_parameter(shards, device):
     """NaN in one pullback at step 4, noticed at the record after it."""
-    calls = []
 
     def spoiled(model, batch, rng):
-        calls.append(1)
         value = loss(model, batch, rng)
-        if len(calls) == 4 * shards:
+        if step_and_part(rng) == (4, (shards - 1, 0)):
             value = value + poison(model.blocks[0].mlp.up.B).sum() * 0.0
         return value
 
@@ -219,11 +223,10 @@ def test_a_bad_gradient_names_its_step_and_parameter(shards, device):
 @pytest.mark.parametrize("cut", [{}, {"accumulate": 2}, {"shards": 2}])
 def test_a_bad_loss_names_its_step(cut, device):
     """Infinite at step 3 alone, where every gradient is finite; noticed at the record."""
-    calls = []
+    last = (cut.get("shards", 1) - 1, cut.get("accumulate", 1) - 1)
 
     def bad(model, batch, rng):
-        calls.append(1)
-        spoiled = len(calls) == 3 * sum(cut.values() or [1])
+        spoiled = step_and_part(rng) == (3, last)
         return loss(model, batch, rng) + (float("inf") if spoiled else 0.0)
 
     with pytest.raises(NumericsError, match="step 3: the loss is inf"):

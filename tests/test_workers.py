@@ -79,7 +79,7 @@ def test_a_shard_that_spreads_does_not_wait_for_itself():
     optimizer = AdamW([Parameter(np.ones(200_000, np.float32))])
     data = Data({"ids": np.zeros((4, 1), np.int64)})
     with Shards(optimizer.flat, 2) as shards:
-        shards.add(optimizer.model, loss, data, np.arange(4), (0,))
+        shards.add(loss, data, np.arange(4), (0,))
         optimizer.step()
     np.testing.assert_allclose(
         optimizer.norm(), np.linalg.norm(2 * quantize_array(w).dense()[:200_000]), rtol=1e-5

@@ -78,9 +78,7 @@ class OurStep(Contender):
         self.working = expect_threads(job.threads, shards if self.shards.pool is not None else 1)
 
     def step(self) -> None:
-        total, scored = self.shards.add(
-            self.optimizer.model, self.loss, self.data, self.rows, (0,), self.pieces
-        )
+        total, scored = self.shards.add(self.loss, self.data, self.rows, (0,), self.pieces)
         self.optimizer.step(divide_by=scored)
         self.losses.append(float(total) / scored)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..engine.errors import MiniloraError
 from .bench_shapes import Job, Shape
-from .machine import Load, Peak, keep_large_blocks, sgemm_ceiling
+from .machine import Load, Peak, cpu_seconds, keep_large_blocks, sgemm_ceiling
 
 
 class Worker:
@@ -124,10 +124,10 @@ class Answering:
         load, values, wall, cpu = Load(), [], 0.0, 0.0
         for _ in range(steps):
             self.contender.before()
-            began, used = time.perf_counter(), time.process_time()
+            began, used = time.perf_counter(), cpu_seconds()
             self.contender.step()
             wall += time.perf_counter() - began
-            cpu += time.process_time() - used
+            cpu += cpu_seconds() - used
             values.append(self.contender.value())
         return {"wall": wall, "cpu": cpu, "others": load.others(), "values": values}
 

@@ -1,6 +1,7 @@
 """What a figure was measured on: processor, libraries, other load, memory of this process."""
 
 import ctypes
+import multiprocessing
 import os
 import platform
 import resource
@@ -16,7 +17,8 @@ from .. import __version__
 
 
 class Load:
-    """Who else uses the processors: busy time of the machine less that of this process.
+    """Who else uses the processors: busy time of the machine less that of this process and
+    the copies forked from it.
 
     `others()` is their share of all processors since the last call, between 0 and 1; None
     where there is no /proc/stat.  The kernel counts in ticks of 10 ms.
@@ -34,18 +36,34 @@ class Load:
 
     @staticmethod
     def reading() -> tuple[float, float, float] | None:
-        """Seconds: on the clock, of busy processors, and of this process and its children."""
+        """Seconds: on the clock, of busy processors, and of our own processes."""
         try:
             fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
         except OSError:
             return None
         user, nice, system, _, _, irq, softirq, steal = (int(f) for f in fields)
         busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-        return time.perf_counter(), busy, sum(os.times()[:4])
+        return time.perf_counter(), busy, cpu_seconds()
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process, of children that have ended, and of its forked copies."""
+    ticks = 0
+    for copy in multiprocessing.active_children():
+        with suppress(OSError):  # it has ended just now
+            # After the name, which may hold spaces: user and system time are fields 12 and 13.
+            fields = Path(f"/proc/{copy.pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    ended = os.times()[2:4]  # of children that were waited for
+    return time.process_time() + sum(ended) + ticks / os.sysconf("SC_CLK_TCK")
 
 
 class Peak:
-    """Bytes that this process held at most since `Peak()`, beyond what it held then."""
+    """Bytes that this process held at most since `Peak()`, beyond what it held then.
+
+    What its forked copies have for themselves is added, as it is when the bytes are asked for:
+    their memory does not shrink where `keep_large_blocks` could.
+    """
 
     def __init__(self) -> None:
         with suppress(OSError):  # where it fails, an import's own peak may hide a small one
@@ -53,7 +71,17 @@ class Peak:
         self.base = memory("VmRSS")
 
     def bytes(self) -> int:
-        return max(0, memory("VmHWM") - self.base)
+        copies = sum(private_bytes(copy.pid) for copy in multiprocessing.active_children())
+        return max(0, memory("VmHWM") - self.base) + copies
+
+
+def private_bytes(pid: int) -> int:
+    """What a process shares with no other; 0 where there is no /proc."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Private_"))
 
 
 def memory(field: str) -> int:

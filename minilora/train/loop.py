@@ -24,7 +24,7 @@ def eager(
     key: tuple[int, ...], clip: float | None, accumulate: int,
 ) -> tuple[Any, int]:  # fmt: skip
     """One step over `rows`, in so many micro-batches; Σ loss, and how many items count."""
-    value, scored = workers.add(optimizer.model, loss, train, rows, key, accumulate)
+    value, scored = workers.add(loss, train, rows, key, accumulate)
     optimizer.step(divide_by=max(1, scored), clip=clip)
     return value, scored
 

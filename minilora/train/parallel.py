@@ -1,4 +1,4 @@
-"""A batch cut into shards, one thread each: the same sums in the same order, however many cores."""
+"""A batch cut into shards, one processor each: the same sums in the same order, however many."""
 
 import os
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from ..engine.backend import xp_of
 from ..engine.workers import Pool, working
 from ..optim.flat import Flat
 from .data import Batch, Data
+from .forked import Forked, can_fork, shared_zeros
 
 Loss = Callable[[Any, Batch, np.random.Generator], Any]
 
@@ -27,42 +28,47 @@ class Shards:
 
     How many shards there are is configuration: each has its own Generator (seed, step,
     shard, micro-batch), its own gradient, and its place in the sum, so that no result depends on
-    threads or timing.  Threads run only on a host with `threadpoolctl`, which holds BLAS
-    at one thread meanwhile; without it the shards take turns.  Use as a context manager.
+    processors or timing.  They are worked on at the same time on a host with `threadpoolctl`,
+    which holds BLAS at one thread meanwhile; without it they take turns.  On Linux the workers
+    are this process and copies forked from it, which need not wait for one another's
+    interpreter; elsewhere they are threads.  Use as a context manager.
+
+    A forked copy has the model and the loss as they were at its first batch, and the weights
+    that train as they are: what `loss` changes by itself stays with the copy.
     """
 
     def __init__(self, flat: Flat, shards: int = 1):
         xp = xp_of(flat.data)
         self.flat, self.device = flat, device_of(flat.data)
-        self.buffers = [flat.grad] + [xp.zeros_like(flat.grad) for _ in range(shards - 1)]
+        self.workers = min(shards, os.cpu_count() or 1) if self.device == "cpu" else 1
+        self.forks = self.workers > 1 and can_fork()
+        zeros = shared_zeros if self.forks else xp.zeros_like
+        self.buffers = [flat.grad] + [zeros(flat.grad) for _ in range(shards - 1)]
         self.gradients = [flat.gradients] + [flat.gradients_in(b) for b in self.buffers[1:]]
         self.resources = ExitStack()
         self.pool: ThreadPoolExecutor | None = None
+        self.copies: Forked | None = None
 
     def __enter__(self) -> "Shards":
-        threads = min(len(self.buffers), os.cpu_count() or 1)
-        if threads > 1 and self.device == "cpu":
+        if self.workers > 1:
             try:
                 from threadpoolctl import threadpool_limits
             except ImportError:
                 return self
             self.resources.enter_context(threadpool_limits(1, user_api="blas"))
-            self.pool = self.resources.enter_context(ThreadPoolExecutor(threads))
-            self.resources.enter_context(working(Pool(self.pool, threads)))  # for the optimizer
+            self.pool = self.resources.enter_context(ThreadPoolExecutor(self.workers))
+            self.resources.enter_context(
+                working(Pool(self.pool, self.workers))
+            )  # for the optimizer
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.pool = None
+        self.part()
         self.resources.close()
 
     def add(
-        self,
-        model: Any,
-        loss: Loss,
-        data: Data,
-        rows: np.ndarray,
-        key: tuple[int, ...],
-        pieces: int = 1,
+        self, loss: Loss, data: Data, rows: np.ndarray, key: tuple[int, ...], pieces: int = 1
     ) -> tuple[Any, int]:
         """Add the gradient over `rows` to the flat buffer; (Σ loss, scored items).
 
@@ -70,27 +76,65 @@ class Shards:
         the same sum, a part of the activations, and no waiting for the other shards between.
         """
         cuts = [part for part in np.array_split(rows, len(self.buffers)) if len(part)]
-
-        def run(shard: int) -> tuple[Any, int]:
-            total, scored = 0.0, 0
-            micro = [part for part in np.array_split(cuts[shard], pieces) if len(part)]
-            with working(None):  # the threads are at work already, on shards
-                for i, part in enumerate(micro):
-                    batch, n = data.take(part, self.device)
-                    value = loss(model, batch, np.random.default_rng([*key, shard, i]))
-                    value.backward(into=self.gradients[shard])
-                    total, scored = total + value.data, scored + n
-            return total, scored
-
-        if self.pool is None:
-            results = [run(shard) for shard in range(len(cuts))]
+        scored, jobs = 0, []
+        for shard, cut in enumerate(cuts):
+            micro = [data.take(p, self.device) for p in np.array_split(cut, pieces) if len(p)]
+            jobs.append((shard, [batch for batch, _ in micro], key))
+            scored += sum(n for _, n in micro)
+        if self.pool is None or len(cuts) == 1:
+            totals = [self.run(loss, *job) for job in jobs]
+        elif self.forks:
+            totals = self.run_forked(loss, jobs)
         else:
-            jobs = [self.pool.submit(copy_context().run, run, s) for s in range(len(cuts))]
-            results = [job.result() for job in jobs]
+            started = [self.pool.submit(copy_context().run, self.run, loss, *j) for j in jobs]
+            totals = [job.result() for job in started]
         for buffer in self.buffers[1 : len(cuts)]:
             self.flat.grad += buffer
-            buffer.fill(0)
-        total = results[0][0]
-        for value, _ in results[1:]:
+        total = totals[0]
+        for value in totals[1:]:
             total = total + value
-        return total, sum(scored for _, scored in results)
+        return total, scored
+
+    def run(self, loss: Loss, shard: int, batches: list[Batch], key: tuple[int, ...]) -> Any:
+        """One shard: its gradient into its buffer, and Σ loss."""
+        total = 0.0
+        if shard:
+            self.buffers[shard].fill(0)
+        with working(None):  # the workers are at work already, on shards
+            for i, batch in enumerate(batches):
+                value = loss(self.flat.model, batch, np.random.default_rng([*key, shard, i]))
+                value.backward(into=self.gradients[shard])
+                total = total + value.data
+        return total
+
+    def run_forked(self, loss: Loss, jobs: list[tuple]) -> list:
+        """Every shard's Σ loss: worker w takes each `workers`-th from w on, and w = 0 is here."""
+        if self.copies is None or self.loss != loss:
+            self.part()
+            self.loss, self.weights = loss, shared_zeros(self.flat.data)
+            self.copies = Forked(self.workers - 1, self.run_each, self.follow)
+        self.weights[...] = self.flat.data
+        shares = [jobs[w :: self.workers] for w in range(self.workers)]
+        try:
+            for copy, share in enumerate(shares[1:]):
+                self.copies.ask(copy, share)
+            totals = [self.run_each(shares[0])]
+            totals += [self.copies.result(copy) for copy in range(len(shares) - 1)]
+        except BaseException:  # Ctrl-C too: an answer that nobody took must not be the next one's
+            self.part()
+            raise
+        return [totals[shard % self.workers][shard // self.workers] for shard in range(len(jobs))]
+
+    def run_each(self, jobs: list[tuple]) -> list:
+        return [self.run(self.loss, *job) for job in jobs]
+
+    def follow(self) -> None:
+        """In a copy: the Parameters are views of the weights that are shared."""
+        for path, view in self.flat.cut(self.weights).items():
+            self.flat.named[path].data = view
+
+    def part(self) -> None:
+        """Let the copies go."""
+        if self.copies is not None:
+            self.copies.__exit__()
+            self.copies = None

@@ -1,0 +1,305 @@
+"""Forked copies of a process: what they share, what they do not, when they end."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minilora.engine.errors import MiniloraError, NumericsError
+from minilora.engine.tensor import Parameter
+from minilora.optim.adamw import AdamW
+from minilora.train import parallel
+from minilora.train.data import Data
+from minilora.train.forked import Forked, can_fork, shared_zeros
+from minilora.train.parallel import Shards
+
+pytestmark = pytest.mark.usefixtures("where_it_forks")
+
+
+@pytest.fixture(autouse=True)
+def two_workers(monkeypatch):
+    """On a host with one processor shards take turns: here there are always some."""
+    monkeypatch.setattr(parallel.os, "cpu_count", lambda: 3)
+
+
+@pytest.fixture(scope="module")
+def where_it_forks(device):
+    if device != "cpu" or not can_fork():
+        pytest.skip("nothing is forked here")
+    pytest.importorskip("threadpoolctl")
+
+
+def test_shared_arrays_are_seen_both_ways_and_others_are_not():
+    shared, own = shared_zeros(np.ones((2, 3), np.float32)), np.zeros(1)
+
+    def write(value):
+        seen = shared[0, 0].item(), own[0].item()
+        shared[1], own[0] = value, value
+        return os.getpid(), seen
+
+    with Forked(2, write) as copies:
+        shared[0], own[0] = 5, 5
+        copies.ask(0, 7)
+        pid, seen = copies.result(0)
+        assert seen == (5, 0)
+        assert pid != os.getpid()
+        assert shared.tolist() == [[5] * 3, [7] * 3]
+        assert own[0] == 5
+        copies.ask(1, 8)
+        assert copies.result(1)[0] not in (pid, os.getpid())
+        copies.ask(0, 9)
+        assert copies.result(0)[1] == (5, 7)  # a copy keeps what it changed
+    assert not multiprocessing.active_children()
+
+
+def test_an_array_without_entries_can_be_shared():
+    assert shared_zeros(np.zeros((0, 4))).shape == (0, 4)
+
+
+class Awkward(Exception):
+    """Pickles, and cannot be made again of what was pickled."""
+
+    def __init__(self, a, b):
+        super().__init__(f"{a} and {b}")
+
+
+@pytest.mark.parametrize(
+    "error, kind, words",
+    [
+        (NumericsError("not finite"), NumericsError, "not finite"),
+        (KeyError("name"), KeyError, "name"),
+        (Awkward(1, 2), MiniloraError, "Awkward: 1 and 2"),
+    ],
+)
+def test_an_error_comes_back_as_it_was_raised(error, kind, words):
+    def fail():
+        raise error
+
+    with Forked(1, fail) as copies:
+        copies.ask(0)
+        with pytest.raises(kind, match=words) as caught:
+            copies.result(0)
+        assert type(caught.value) is kind
+        if kind is not MiniloraError:
+            assert "in fail" in caught.value.__notes__[0]  # where it was raised
+        copies.ask(0)  # and the copy lives on
+        with pytest.raises(kind):
+            copies.result(0)
+
+
+def test_a_copy_that_died_says_how():
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with Forked(2, die) as copies:
+        copies.ask(0)
+        with pytest.raises(MiniloraError, match=r"forked to compute a shard, ended with -9"):
+            copies.result(0)
+        with pytest.raises(MiniloraError, match=r"ended with -9"):
+            copies.ask(0)
+
+
+def test_copies_end_with_the_process_that_made_them(tmp_path):
+    """Killed at once, it cannot tell them: they find their pipes closed, each by itself."""
+    script = """if True:
+        import os, time, sys
+        from minilora.train.forked import Forked
+        copies = Forked(3, os.getpid)
+        for i in range(3):
+            copies.ask(i)
+        print(*(copies.result(i) for i in range(3)), flush=True)
+        time.sleep(600)
+    """
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    with parent:
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(pids) == 3
+        parent.kill()
+    end = time.monotonic() + 60
+    while (alive := [pid for pid in pids if running(pid)]) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not alive
+
+
+def running(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"  # a zombie has ended; who inherits it has not noticed
+
+
+# ------------------------------------------------------------------------------ shards
+
+
+def least_squares(model, batch, rng):
+    residual = (model[0] * batch["x"]).sum(axis=1) - batch["y"]
+    return (residual * residual).sum()
+
+
+def problem(n=12):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((n, 5)).astype(np.float32)
+    return AdamW([Parameter(np.ones(5, np.float32))], lr=0.1), Data({"x": x, "y": x @ np.arange(5)})
+
+
+def steps(shards, loss=least_squares, count=3):
+    optimizer, data = problem()
+    losses = []
+    with Shards(optimizer.flat, shards) as workers:
+        for step in range(count):
+            total, scored = workers.add(loss, data, np.arange(len(data)), (0, step))
+            optimizer.step(divide_by=scored)
+            losses.append(float(total))
+        copies = len(multiprocessing.active_children())
+    assert not multiprocessing.active_children()
+    return optimizer.flat.data.tobytes(), losses, copies
+
+
+@pytest.mark.parametrize("shards", [2, 3, 5])
+def test_copies_threads_and_turns_give_the_same_bytes(shards, monkeypatch):
+    forked = steps(shards)
+    assert forked[2] == min(shards, 3) - 1
+    monkeypatch.setattr(parallel, "can_fork", lambda: False)
+    threads = steps(shards)
+    monkeypatch.setattr(parallel.os, "cpu_count", lambda: 1)
+    turns = steps(shards)
+    assert threads[2] == turns[2] == 0
+    assert forked[:2] == threads[:2] == turns[:2]
+    assert forked[1][0] > forked[1][-1]
+
+
+def test_fewer_rows_than_shards():
+    optimizer, data = problem()
+    with Shards(optimizer.flat, 3) as workers:
+        for rows in ([0, 1, 2], [4], [5, 6]):  # stale gradients of the first must not count
+            workers.add(least_squares, data, np.array(rows), (0,))
+            found = optimizer.flat.grad.copy()
+            optimizer.flat.grad.fill(0)
+            least_squares(optimizer.model, data.take(np.array(rows))[0], None).backward(
+                into=optimizer.gradients
+            )
+            np.testing.assert_allclose(found, optimizer.flat.grad, rtol=1e-5)
+            optimizer.flat.grad.fill(0)
+
+
+def test_another_loss_is_another_copy():
+    optimizer, data = problem()
+    rows = np.arange(len(data))
+
+    def twice(model, batch, rng):
+        return least_squares(model, batch, rng) * 2.0
+
+    with Shards(optimizer.flat, 2) as workers:
+        once, _ = workers.add(least_squares, data, rows, (0,))
+        pid = multiprocessing.active_children()[0].pid
+        workers.add(least_squares, data, rows, (0,))
+        assert [child.pid for child in multiprocessing.active_children()] == [pid]
+        double, _ = workers.add(twice, data, rows, (0,))
+        assert [child.pid for child in multiprocessing.active_children()] != [pid]
+    assert float(double) == pytest.approx(2 * float(once))
+
+
+def test_an_error_here_leaves_no_answer_for_the_next_batch():
+    optimizer, data = problem()
+    rows, here = np.arange(len(data)), os.getpid()
+
+    def sometimes(model, batch, rng):
+        if os.getpid() == here and rng.bit_generator.seed_seq.entropy[0] == 1:
+            raise ValueError("here alone")
+        return least_squares(model, batch, rng)
+
+    with Shards(optimizer.flat, 2) as workers:
+        first, _ = workers.add(sometimes, data, rows, (0,))
+        with pytest.raises(ValueError, match="here alone"):
+            workers.add(sometimes, data, rows, (1,))
+        assert not multiprocessing.active_children()
+        optimizer.flat.data[...] = 0
+        again, _ = workers.add(sometimes, data, rows, (0,))
+    assert float(again) == pytest.approx(float((data.arrays["y"] ** 2).sum()), rel=1e-5)
+    assert float(first) != pytest.approx(float(again), rel=1e-2)
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_control_c_reaches_the_process_that_asked(presses, tmp_path):
+    """A terminal sends it to copies too: once, the step is ended; twice, all end at once."""
+    script = f"""if True:
+        import os, sys, time
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import test_forked
+        from minilora.train import parallel
+        from minilora.train.loop import fit
+        parallel.os.cpu_count = lambda: 2
+        optimizer, data = test_forked.problem()
+
+        def slow(model, batch, rng):
+            if rng.bit_generator.seed_seq.entropy[1] == 2:
+                print("now", flush=True)
+                time.sleep(1 if {presses} == 1 else 60)
+            return test_forked.least_squares(model, batch, rng)
+
+        run = fit(optimizer, slow, data, steps=9, batch=4, every=1, shards=2)
+        print(run.stopped, run.steps, flush=True)
+    """
+    child = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    with child:
+        assert child.stdout.readline() == child.stdout.readline() == "now\n"  # both shards
+        for press in range(presses):
+            time.sleep(0.2 * press)
+            os.killpg(child.pid, signal.SIGINT)
+        out, words = child.communicate(timeout=50)
+    if presses == 1:
+        assert (out, child.returncode) == ("interrupted 3\n", 0), words
+    else:
+        assert child.returncode != 0
+        assert "KeyboardInterrupt" in words
+
+
+def test_a_daemon_may_have_no_children():
+    def inside(pipe):
+        pipe.send(can_fork())
+
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+    daemon = fork.Process(target=inside, args=(theirs,), daemon=True)
+    daemon.start()
+    assert ours.recv() is False
+    daemon.join()
+    for end in (ours, theirs):
+        end.close()
+
+
+def test_what_copies_use_is_counted():
+    """Processor time and memory of a copy, in what a benchmark reports of its worker."""
+    from minilora.lab.machine import Load, Peak, cpu_seconds
+
+    held = []
+
+    def work(mib, seconds):
+        held.append(np.ones(mib << 18, np.float32))
+        end = time.process_time() + seconds
+        while time.process_time() < end:
+            pass
+
+    peak = Peak()
+    with Forked(1, work) as copies:
+        before, load, began = cpu_seconds(), Load(), time.perf_counter()
+        copies.ask(0, 64, 0.5)
+        copies.result(0)
+        wall = time.perf_counter() - began
+        assert 0.45 <= cpu_seconds() - before <= wall + 0.2
+        assert load.others() is not None
+        assert peak.bytes() >= 64 << 20
+    assert cpu_seconds() - before >= 0.45  # once it has ended too
