@@ -70,6 +70,12 @@ def add_commands(commands: Any) -> None:
     f.add_argument("--epochs", type=float, help="default: 3 for conversations, 1 for text")
     f.add_argument("--batch", type=int, default=4, help="examples at a time (default: 4)")
     f.add_argument("--grad-accum", type=int, default=1, help="batches in a step (default: 1)")
+    f.add_argument(
+        "--shards",
+        type=int,
+        default=1,
+        help="parts of a batch worked on at the same time, a processor each (default: 1)",
+    )
     f.add_argument("--max-len", type=int, default=128, help="tokens of an example (default: 128)")
     f.add_argument("--held-out", type=float, default=0.1, help="share (default: 0.1)")
     f.add_argument("--code", default="nf4", help="of the base under qlora (default: nf4)")

@@ -22,11 +22,11 @@ from ..optim.schedule import schedule
 from ..quant.linear import quantize
 from ..train.checkpoint import Checkpoints, Fit
 from ..train.corpus import Corpus, loss, read_corpus
-from ..train.loop import evaluate, fit
+from ..train.loop import eager, evaluate, fit
 from .answer import open_for_text, prompt_ids
 from .finetune_report import CARD, FIGURE, RECORD, extra_files
 from .ledger import held_bytes
-from .machine import Peak, machine, memory
+from .machine import Peak, held_at_most, machine, memory
 
 METHODS = ("lora", "qlora")
 SAMPLE_TOKENS = 32
@@ -37,8 +37,9 @@ CLIP, WARMUP, RECORDS = 1.0, 0.05, 5  # of the norm; of the steps; evaluations i
 class FinetuneConfig:
     """What is trained on what, and where it is written.
 
-    A step sees `batch * grad_accum` examples, `batch` at a time.  Where `rate` or `epochs` are
-    None, a conversation gets 1.5e-3 and 3 epochs, a text 1e-3 and one.
+    A step sees `batch * grad_accum` examples, `batch` at a time, cut into `shards` that are
+    worked on at the same time, a processor each (one: its products on all processors).  Where
+    `rate` or `epochs` are None, a conversation gets 1.5e-3 and 3 epochs, a text 1e-3 and one.
     """
 
     out: str
@@ -54,6 +55,7 @@ class FinetuneConfig:
     epochs: float | None = None
     batch: int = 4
     grad_accum: int = 1
+    shards: int = 1
     max_len: int = 128
     held_out: float = 0.1
     code: str = "nf4"
@@ -63,7 +65,7 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise MiniloraError(f"method: expected {' or '.join(METHODS)}, found {self.method!r}")
-        for name in ("rank", "batch", "grad_accum"):
+        for name in ("rank", "batch", "grad_accum", "shards"):
             if getattr(self, name) < 1:
                 raise MiniloraError(f"{name}: expected >= 1, found {getattr(self, name)}")
         for name in ("lr", "epochs", "alpha"):
@@ -119,8 +121,8 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> dict[str, Any]:
     warn_of_rank(adapted)
     loaded, _ = memory("VmHWM"), Peak()  # which begins to watch anew
     started = time.monotonic()
-    run, steps = train(adapted, corpus, config, resume)
-    seconds, training_peak = time.monotonic() - started, memory("VmHWM")
+    run, steps, training_peak = train(adapted, corpus, config, resume)
+    seconds = time.monotonic() - started
     losses["adapted"] = min((entry["val"] for entry in run.history), default=losses["base"])
     record = {
         "kind": "finetune",
@@ -153,11 +155,21 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> dict[str, Any]:
     return record
 
 
-def train(adapted: Any, corpus: Corpus, config: FinetuneConfig, resume: bool) -> tuple[Fit, int]:
-    """The run, and how many steps it was to take."""
+def train(
+    adapted: Any, corpus: Corpus, config: FinetuneConfig, resume: bool
+) -> tuple[Fit, int, int]:
+    """The run, how many steps it was to take, and bytes at the peak."""
     examples = config.batch * config.grad_accum
     steps = max(1, math.ceil(config.epochs * len(corpus.train) / examples))
     about = {k: v for k, v in asdict(config).items() if k not in ("out", "prompts")}
+    peaks = [0]
+
+    def weighed(*step: Any) -> Any:
+        """A step, and what it took while the forked copies are there."""
+        done = eager(*step)
+        peaks[0] = max(peaks[0], held_at_most())
+        return done
+
     result = fit(
         AdamW(adapted, lr=config.lr, weight_decay=0.0),
         loss,
@@ -165,6 +177,7 @@ def train(adapted: Any, corpus: Corpus, config: FinetuneConfig, resume: bool) ->
         steps=steps,
         batch=examples,
         accumulate=config.grad_accum,
+        shards=config.shards,
         seed=config.seed,
         schedule=schedule("linear", steps, WARMUP),
         clip=CLIP,
@@ -176,8 +189,9 @@ def train(adapted: Any, corpus: Corpus, config: FinetuneConfig, resume: bool) ->
         ),
         resume=resume,
         label=config.method,
+        advance=weighed,
     )
-    return result, steps
+    return result, steps, max(peaks[0], held_at_most())
 
 
 def tokens_seen(corpus: Corpus, config: FinetuneConfig, steps: int) -> float:

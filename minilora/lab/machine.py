@@ -59,11 +59,7 @@ def cpu_seconds() -> float:
 
 
 class Peak:
-    """Bytes that this process held at most since `Peak()`, beyond what it held then.
-
-    What its forked copies have for themselves is added, as it is when the bytes are asked for:
-    their memory does not shrink where `keep_large_blocks` could.
-    """
+    """Bytes that we held at most since `Peak()`, beyond what this process held then."""
 
     def __init__(self) -> None:
         with suppress(OSError):  # where it fails, an import's own peak may hide a small one
@@ -71,8 +67,16 @@ class Peak:
         self.base = memory("VmRSS")
 
     def bytes(self) -> int:
-        copies = sum(private_bytes(copy.pid) for copy in multiprocessing.active_children())
-        return max(0, memory("VmHWM") - self.base) + copies
+        return max(0, held_at_most() - self.base)
+
+
+def held_at_most() -> int:
+    """Bytes at the peak of this process, and those that its forked copies have for themselves.
+
+    Of the copies as it is now: their memory does not shrink where `keep_large_blocks` could.
+    """
+    copies = multiprocessing.active_children()
+    return memory("VmHWM") + sum(private_bytes(copy.pid) for copy in copies)
 
 
 def private_bytes(pid: int) -> int:

@@ -1,15 +1,11 @@
 """Copies of this process, each with an interpreter of its own, that share some arrays with it."""
 
 import gc
-import multiprocessing
-import os
 import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from mmap import mmap
-from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -20,11 +16,17 @@ from ..engine.errors import MiniloraError
 def can_fork() -> bool:
     """On Linux, where BLAS and malloc are ready to be forked; not inside a daemon, which may
     have no children."""
-    return sys.platform == "linux" and not multiprocessing.current_process().daemon
+    if sys.platform != "linux":
+        return False
+    from multiprocessing import current_process
+
+    return not current_process().daemon
 
 
 def shared_zeros(like: np.ndarray) -> np.ndarray:
     """Zeros in pages that this process and the copies forked from it both see and write."""
+    from mmap import mmap
+
     pages = mmap(-1, max(1, like.nbytes))
     return np.frombuffer(pages, like.dtype, like.size).reshape(like.shape)
 
@@ -40,8 +42,10 @@ class Forked:
     def __init__(
         self, count: int, function: Callable, begin: Callable[[], Any] = lambda: None
     ) -> None:
-        fork = multiprocessing.get_context("fork")
-        self.pipes: list[Connection] = []
+        from multiprocessing import get_context
+
+        fork = get_context("fork")
+        self.pipes: list[Any] = []
         self.processes: list[Any] = []
         for _ in range(count):
             ours, theirs = fork.Pipe()
@@ -65,13 +69,20 @@ class Forked:
 
     def result(self, copy: int) -> Any:
         """What that call returned, once it has."""
+        pipe = self.pipes[copy]
         try:
-            value, error = self.pipes[copy].recv()
+            value, words = pipe.recv()
         except (EOFError, OSError):
             raise self.death(copy) from None
-        if error is not None:
-            raise error
-        return value
+        if words is None:
+            return value
+        try:
+            error = pipe.recv()
+        except Exception:  # of any kind: some classes cannot be made again of what was sent
+            error = None
+        error = error or MiniloraError(words.strip().rpartition("\n")[2])
+        error.add_note(f"in process {self.processes[copy].pid}:\n{words}")
+        raise error
 
     def death(self, copy: int) -> MiniloraError:
         process = self.processes[copy]
@@ -91,7 +102,7 @@ class Forked:
             pipe.close()
 
 
-def answer(pipe: Connection, others: Sequence[Connection], begin: Callable, function: Callable):
+def answer(pipe: Any, others: Sequence, begin: Callable, function: Callable):
     """A copy's life: calls, until the other end of the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     for other in others:  # or a pipe would stay open when that process has died
@@ -104,24 +115,22 @@ def answer(pipe: Connection, others: Sequence[Connection], begin: Callable, func
         except EOFError:
             return
         try:
-            reply = function(*arguments), None
-        except Exception as error:
-            reply = None, portable(error)
+            reply, error = (function(*arguments), None), None
+        except Exception as caught:
+            reply, error = (None, "".join(traceback.format_exception(caught))), caught
         try:
             pipe.send(reply)
+            if error is not None:
+                send_error(pipe, error)
         except OSError:  # nobody is there to read it
             return
 
 
-def portable(error: Exception) -> Exception:
-    """The error if it can be sent as it is, with its traceback as a note; else its words."""
-    words = "".join(traceback.format_exception(error))
-    error.add_note(f"in process {os.getpid()}:\n{words}")
+def send_error(pipe: Any, error: Exception) -> None:
+    """The error itself, so that its own class is raised; None if it cannot be sent."""
     try:
-        import pickle
-
-        if type(pickle.loads(pickle.dumps(error))) is type(error):
-            return error
-    except Exception:  # of any kind: an error's class may do as it likes
-        pass
-    return MiniloraError(f"{type(error).__name__}: {error}")
+        pipe.send(error)
+    except OSError:
+        raise
+    except Exception:  # of any kind: an error may hold anything
+        pipe.send(None)

@@ -99,7 +99,7 @@ def fit(
             raise NumericsError(f"step {when}: the loss is {value}, expected a finite number")
         entry = {"step": step, "loss": mean, "lr": lr, "norm": optimizer.norm()}
         if validation is not None:
-            entry["val"] = evaluate(model, loss, validation, eval_batch)
+            entry["val"] = evaluate(model, loss, validation, eval_batch, workers)
         return entry
 
     def save() -> None:
@@ -160,16 +160,24 @@ def fit(
     return result
 
 
-def evaluate(model: Any, loss: Loss, data: Data, batch: int = 256) -> float:
-    """The mean loss per scored item, on a frozen model: no graph is built."""
-    model = freeze(model)
-    device = device_of(next(iter(tensors(model).values())).data)
-    total, items = 0.0, 0
-    for rows in data.in_order(batch):
-        arrays, scored = data.take(rows, device)
-        if scored:
-            total, items = total + loss(model, arrays, None).data, items + scored
-    return float(total) / items
+def evaluate(
+    model: Any, loss: Loss, data: Data, batch: int = 256, workers: Shards | None = None
+) -> float:
+    """The mean loss per scored item, on a frozen model: no graph is built.
+
+    Those `workers` that train the model share the batches; the sum is the same.
+    """
+    cuts = [rows for rows in data.in_order(batch) if data.scored[rows].any()]
+    if workers is not None:
+        values = workers.losses(loss, data, cuts)
+    else:
+        model = freeze(model)
+        device = device_of(next(iter(tensors(model).values())).data)
+        values = (loss(model, data.take(rows, device)[0], None).data for rows in cuts)
+    total = 0.0
+    for value in values:
+        total = total + value
+    return float(total) / int(data.scored.sum())
 
 
 @contextmanager

@@ -1,16 +1,18 @@
-"""A batch cut into shards, one processor each: the same sums in the same order, however many."""
+"""A batch cut into shards, a processor each: the same sums in the same order, however many."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from contextvars import copy_context
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from ..engine.backend import xp_of
 from ..engine.workers import Pool, working
+from ..model.module import freeze
 from ..optim.flat import Flat
 from .data import Batch, Data
 from .forked import Forked, can_fork, shared_zeros
@@ -81,57 +83,77 @@ class Shards:
             micro = [data.take(p, self.device) for p in np.array_split(cut, pieces) if len(p)]
             jobs.append((shard, [batch for batch, _ in micro], key))
             scored += sum(n for _, n in micro)
-        if self.pool is None or len(cuts) == 1:
-            totals = [self.run(loss, *job) for job in jobs]
-        elif self.forks:
-            totals = self.run_forked(loss, jobs)
-        else:
-            started = [self.pool.submit(copy_context().run, self.run, loss, *j) for j in jobs]
-            totals = [job.result() for job in started]
+        total, *others = self.each("gradient", loss, jobs)
         for buffer in self.buffers[1 : len(cuts)]:
             self.flat.grad += buffer
-        total = totals[0]
-        for value in totals[1:]:
+        for value in others:
             total = total + value
         return total, scored
 
-    def run(self, loss: Loss, shard: int, batches: list[Batch], key: tuple[int, ...]) -> Any:
-        """One shard: its gradient into its buffer, and Σ loss."""
+    def losses(self, loss: Loss, data: Data, cuts: Iterable[slice]) -> Iterable:
+        """Σ loss of each cut of the data, on the model as it is now, frozen."""
+        jobs = ((data.take(rows, self.device)[0],) for rows in cuts)
+        return self.each("loss_of", loss, jobs)
+
+    def gradient(self, loss: Loss, shard: int, batches: list[Batch], key: tuple[int, ...]) -> Any:
+        """The work on a shard: its gradient into its buffer, and Σ loss."""
         total = 0.0
         if shard:
             self.buffers[shard].fill(0)
-        with working(None):  # the workers are at work already, on shards
-            for i, batch in enumerate(batches):
-                value = loss(self.flat.model, batch, np.random.default_rng([*key, shard, i]))
-                value.backward(into=self.gradients[shard])
-                total = total + value.data
+        for i, batch in enumerate(batches):
+            value = loss(self.flat.model, batch, np.random.default_rng([*key, shard, i]))
+            value.backward(into=self.gradients[shard])
+            total = total + value.data
         return total
 
-    def run_forked(self, loss: Loss, jobs: list[tuple]) -> list:
-        """Every shard's Σ loss: worker w takes each `workers`-th from w on, and w = 0 is here."""
+    def loss_of(self, loss: Loss, batch: Batch) -> Any:
+        return loss(self.frozen, batch, None).data
+
+    @cached_property
+    def frozen(self) -> Any:
+        """The model, for which no graph is built; its arrays are those that train."""
+        return freeze(self.flat.model)
+
+    def each(self, task: str, loss: Loss, jobs: Iterable[tuple]) -> Iterable:
+        """What the method `task` returns for each job, in their order, by all workers."""
+        if self.pool is None:
+            return (getattr(self, task)(loss, *job) for job in jobs)
+        if self.forks:
+            return self.each_forked(task, loss, list(jobs))
+        started = [self.pool.submit(copy_context().run, self.share, task, loss, [j]) for j in jobs]
+        return [value for job in started for value in job.result()]
+
+    def share(self, task: str, loss: Loss, jobs: list[tuple]) -> list:
+        """A worker's part of the jobs."""
+        with working(None):  # the workers are at work already
+            return [getattr(self, task)(loss, *job) for job in jobs]
+
+    def each_forked(self, task: str, loss: Loss, jobs: list[tuple]) -> list:
+        """Worker w takes every job from w on in steps of `workers`; w = 0 is this process."""
         if self.copies is None or self.loss != loss:
             self.part()
             self.loss, self.weights = loss, shared_zeros(self.flat.data)
-            self.copies = Forked(self.workers - 1, self.run_each, self.follow)
+            self.copies = Forked(self.workers - 1, self.share_of_copy, self.follow)
         self.weights[...] = self.flat.data
         shares = [jobs[w :: self.workers] for w in range(self.workers)]
         try:
             for copy, share in enumerate(shares[1:]):
-                self.copies.ask(copy, share)
-            totals = [self.run_each(shares[0])]
-            totals += [self.copies.result(copy) for copy in range(len(shares) - 1)]
+                self.copies.ask(copy, task, share)
+            values = [self.share(task, loss, shares[0])]
+            values += [self.copies.result(copy) for copy in range(self.workers - 1)]
         except BaseException:  # Ctrl-C too: an answer that nobody took must not be the next one's
             self.part()
             raise
-        return [totals[shard % self.workers][shard // self.workers] for shard in range(len(jobs))]
+        return [values[job % self.workers][job // self.workers] for job in range(len(jobs))]
 
-    def run_each(self, jobs: list[tuple]) -> list:
-        return [self.run(self.loss, *job) for job in jobs]
+    def share_of_copy(self, task: str, jobs: list[tuple]) -> list:
+        return self.share(task, self.loss, jobs)
 
     def follow(self) -> None:
         """In a copy: the Parameters are views of the weights that are shared."""
         for path, view in self.flat.cut(self.weights).items():
             self.flat.named[path].data = view
+        self.__dict__.pop("frozen", None)  # it had the arrays of before
 
     def part(self) -> None:
         """Let the copies go."""
