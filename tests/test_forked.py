@@ -16,7 +16,7 @@ from minilora.engine.tensor import Parameter, Tensor
 from minilora.optim.adamw import AdamW
 from minilora.train import parallel
 from minilora.train.data import Data
-from minilora.train.forked import Forked, can_fork, shared_zeros
+from minilora.train.forked import Forked, can_fork, copies, shared_zeros
 from minilora.train.loop import evaluate
 from minilora.train.parallel import Shards
 
@@ -44,19 +44,19 @@ def test_shared_arrays_are_seen_both_ways_and_others_are_not():
         shared[1], own[0] = value, value
         return os.getpid(), seen
 
-    with Forked(2, write) as copies:
+    with Forked(2, write) as forked:
         shared[0], own[0] = 5, 5
-        copies.ask(0, 7)
-        pid, seen = copies.result(0)
+        forked.ask(0, 7)
+        pid, seen = forked.result(0)
         assert seen == (5, 0)
         assert pid != os.getpid()
         assert shared.tolist() == [[5] * 3, [7] * 3]
         assert own[0] == 5
-        copies.ask(1, 8)
-        assert copies.result(1)[0] not in (pid, os.getpid())
-        copies.ask(0, 9)
-        assert copies.result(0)[1] == (5, 7)  # a copy keeps what it changed
-    assert not multiprocessing.active_children()
+        forked.ask(1, 8)
+        assert forked.result(1)[0] not in (pid, os.getpid())
+        forked.ask(0, 9)
+        assert forked.result(0)[1] == (5, 7)  # a copy keeps what it changed
+    assert not copies()
 
 
 def test_an_array_without_entries_can_be_shared():
@@ -83,27 +83,27 @@ def test_an_error_comes_back_as_it_was_raised(error, kind, words):
     def fail():
         raise error
 
-    with Forked(1, fail) as copies:
-        copies.ask(0)
+    with Forked(1, fail) as forked:
+        forked.ask(0)
         with pytest.raises(kind, match=words) as caught:
-            copies.result(0)
+            forked.result(0)
         assert type(caught.value) is kind
         assert "in fail" in caught.value.__notes__[0]  # where it was raised
-        copies.ask(0)  # and the copy lives on
+        forked.ask(0)  # and the copy lives on
         with pytest.raises(kind):
-            copies.result(0)
+            forked.result(0)
 
 
 def test_a_copy_that_died_says_how():
     def die():
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with Forked(2, die) as copies:
-        copies.ask(0)
+    with Forked(2, die) as forked:
+        forked.ask(0)
         with pytest.raises(MiniloraError, match=r"forked to compute a shard, ended with -9"):
-            copies.result(0)
+            forked.result(0)
         with pytest.raises(MiniloraError, match=r"ended with -9"):
-            copies.ask(0)
+            forked.ask(0)
 
 
 def test_copies_end_with_the_process_that_made_them(tmp_path):
@@ -111,10 +111,10 @@ def test_copies_end_with_the_process_that_made_them(tmp_path):
     script = """if True:
         import os, time, sys
         from minilora.train.forked import Forked
-        copies = Forked(3, os.getpid)
+        forked = Forked(3, os.getpid)
         for i in range(3):
-            copies.ask(i)
-        print(*(copies.result(i) for i in range(3)), flush=True)
+            forked.ask(i)
+        print(*(forked.result(i) for i in range(3)), flush=True)
         time.sleep(600)
     """
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
@@ -158,9 +158,9 @@ def steps(shards, loss=least_squares, count=3):
             total, scored = workers.add(loss, data, np.arange(len(data)), (0, step))
             optimizer.step(divide_by=scored)
             losses.append(float(total))
-        copies = len(multiprocessing.active_children())
-    assert not multiprocessing.active_children()
-    return optimizer.flat.data.tobytes(), losses, copies
+        many = len(copies())
+    assert not copies()
+    return optimizer.flat.data.tobytes(), losses, many
 
 
 @pytest.mark.parametrize("shards", [2, 3, 5])
@@ -199,11 +199,11 @@ def test_another_loss_is_another_copy():
 
     with Shards(optimizer.flat, 2) as workers:
         once, _ = workers.add(least_squares, data, rows, (0,))
-        pid = multiprocessing.active_children()[0].pid
+        pid = copies()[0].pid
         workers.add(least_squares, data, rows, (0,))
-        assert [child.pid for child in multiprocessing.active_children()] == [pid]
+        assert [child.pid for child in copies()] == [pid]
         double, _ = workers.add(twice, data, rows, (0,))
-        assert [child.pid for child in multiprocessing.active_children()] != [pid]
+        assert [child.pid for child in copies()] != [pid]
     assert float(double) == pytest.approx(2 * float(once))
 
 
@@ -220,7 +220,7 @@ def test_an_error_here_leaves_no_answer_for_the_next_batch():
         first, _ = workers.add(sometimes, data, rows, (0,))
         with pytest.raises(ValueError, match="here alone"):
             workers.add(sometimes, data, rows, (1,))
-        assert not multiprocessing.active_children()
+        assert not copies()
         optimizer.flat.data[...] = 0
         again, _ = workers.add(sometimes, data, rows, (0,))
     assert float(again) == pytest.approx(float((data.arrays["y"] ** 2).sum()), rel=1e-5)
@@ -317,10 +317,10 @@ def test_what_copies_use_is_counted():
             pass
 
     peak = Peak()
-    with Forked(1, work) as copies:
+    with Forked(1, work) as forked:
         before, load, began = cpu_seconds(), Load(), time.perf_counter()
-        copies.ask(0, 64, 0.5)
-        copies.result(0)
+        forked.ask(0, 64, 0.5)
+        forked.result(0)
         wall = time.perf_counter() - began
         assert 0.45 <= cpu_seconds() - before <= wall + 0.2
         assert load.others() is not None

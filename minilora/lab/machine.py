@@ -1,7 +1,6 @@
 """What a figure was measured on: processor, libraries, other load, memory of this process."""
 
 import ctypes
-import multiprocessing
 import os
 import platform
 import resource
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
+from ..train.forked import copies
 
 
 class Load:
@@ -49,7 +49,7 @@ class Load:
 def cpu_seconds() -> float:
     """Processor time of this process, of children that have ended, and of its forked copies."""
     ticks = 0
-    for copy in multiprocessing.active_children():
+    for copy in copies():
         with suppress(OSError):  # it has ended just now
             # After the name, which may hold spaces: user and system time are fields 12 and 13.
             fields = Path(f"/proc/{copy.pid}/stat").read_text().rpartition(")")[2].split()
@@ -75,8 +75,7 @@ def held_at_most() -> int:
 
     Of the copies as it is now: their memory does not shrink where `keep_large_blocks` could.
     """
-    copies = multiprocessing.active_children()
-    return memory("VmHWM") + sum(private_bytes(copy.pid) for copy in copies)
+    return memory("VmHWM") + sum(private_bytes(copy.pid) for copy in copies())
 
 
 def private_bytes(pid: int) -> int:

@@ -12,6 +12,8 @@ import numpy as np
 
 from ..engine.errors import MiniloraError
 
+NAME = "a copy forked by minilora"
+
 
 def can_fork() -> bool:
     """On Linux, where BLAS and malloc are ready to be forked; not inside a daemon, which may
@@ -29,6 +31,13 @@ def shared_zeros(like: np.ndarray) -> np.ndarray:
 
     pages = mmap(-1, max(1, like.nbytes))
     return np.frombuffer(pages, like.dtype, like.size).reshape(like.shape)
+
+
+def copies() -> list:
+    """The processes forked here that live."""
+    from multiprocessing import active_children
+
+    return [process for process in active_children() if process.name == NAME]
 
 
 class Forked:
@@ -51,7 +60,10 @@ class Forked:
             ours, theirs = fork.Pipe()
             self.pipes.append(ours)
             process = fork.Process(
-                target=answer, args=(theirs, tuple(self.pipes), begin, function), daemon=True
+                target=answer,
+                args=(theirs, tuple(self.pipes), begin, function),
+                name=NAME,
+                daemon=True,
             )
             with warnings.catch_warnings():
                 # Python warns of locks that other threads may hold: a copy takes none of theirs.
