@@ -96,8 +96,10 @@ class AdamW(Stepper):
         super().__init__(model, lr, groups)
         expect_betas(betas)
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
-        zeros_like = xp_of(self.flat.data).zeros_like
-        self.m, self.v = zeros_like(self.flat.data), zeros_like(self.flat.data)
+        xp, shape, dtype = xp_of(self.flat.data), self.flat.data.shape, self.flat.data.dtype
+        # Not zeros_like, which writes: pages that nobody touched are nowhere in memory yet, nor
+        # in a copy of the process that is forked before the first step.
+        self.m, self.v = xp.zeros(shape, dtype), xp.zeros(shape, dtype)
 
     def step(self, divide_by: float = 1, clip: float | None = None) -> None:
         """Apply the gradient gathered so far, and clear it.

@@ -150,9 +150,10 @@ class Shards:
         return self.share(task, self.loss, jobs)
 
     def follow(self) -> None:
-        """In a copy: the Parameters are views of the weights that are shared."""
+        """In a copy: the Parameters are views of the weights that are shared, not of its own."""
         for path, view in self.flat.cut(self.weights).items():
             self.flat.named[path].data = view
+        self.flat.data = self.weights
         self.__dict__.pop("frozen", None)  # it had the arrays of before
 
     def part(self) -> None:
