@@ -82,7 +82,7 @@ def test_nor_does_the_loop_with_its_shards_and_records(device):
 
     def watched(step):
         """A schedule, which the loop asks between two steps."""
-        if step in (500, 900):  # by when NumPy's caches of small blocks are full
+        if step in (1500, 1900):  # by when NumPy's caches of small blocks are full
             assert gc.collect() == 0
             held.append(tracemalloc.get_traced_memory()[0])
         return 1.0
@@ -93,7 +93,7 @@ def test_nor_does_the_loop_with_its_shards_and_records(device):
     tracemalloc.start()
     try:
         fit(
-            optimizer, loss, batches(), steps=901, batch=4, shards=2, clip=1.0, every=50,
+            optimizer, loss, batches(), steps=1901, batch=4, shards=2, clip=1.0, every=50,
             schedule=watched,
         )  # fmt: skip
     finally:

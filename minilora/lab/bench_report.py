@@ -239,10 +239,11 @@ def scaling_figure(record: dict[str, Any], path: str | Path) -> Path:
     return save(figure, path)
 
 
-def bench_summary(steps: dict[str, Any], even: dict[str, Any], memory: dict[str, Any]) -> str:
+def bench_summary(steps: list[dict[str, Any]], memory: dict[str, Any]) -> str:
     """Time and peak memory of a step in one Markdown table: ours over theirs, by case.
 
-    `even` is a record of the same steps on a machine where both sides multiply equally fast.
+    `steps` are records of the same steps on several machines, each named by what the products
+    of NumPy and of torch reach there.
     """
 
     def row_of(record: dict[str, Any], title: str, contender: str) -> dict[str, Any]:
@@ -252,24 +253,22 @@ def bench_summary(steps: dict[str, Any], even: dict[str, Any], memory: dict[str,
     def ratio(row: dict[str, Any]) -> str:
         return f"{row['ratio']:.2f}" if "ratio" in row else "refused by the gate"
 
-    rates = ["{numpy:.0f} : {torch:.0f}".format(**record["ceilings"]) for record in (steps, even)]
+    rates = ["{numpy:.0f} : {torch:.0f}".format(**record["ceilings"]) for record in steps]
+    times = [f"time at {rate}" for rate in rates]
     lines = [
-        "| case | against | time at {} | range | time at {} | memory |".format(*rates),
-        "|---|---|---|---|---|---|",
+        f"| {' | '.join(['case', 'against', *times, 'memory'])} |",
+        "|" + "---|" * (len(steps) + 3),
     ]
-    for case in steps["cases"]:
+    for case in steps[0]["cases"]:
         for row in case["rows"]:
             title, contender = case["title"], row["contender"]
             if contender not in ("torch", "bnb"):
                 continue
-            low_high = "{:.2f} to {:.2f}".format(*row["ratio_range"]) if "ratio" in row else "-"
             held = row_of(memory, title, contender).get("bytes_ratio")
             cells = (
                 title,
                 NAMES[contender],
-                ratio(row),
-                low_high,
-                ratio(row_of(even, title, contender)),
+                *(ratio(row_of(record, title, contender)) for record in steps),
                 "-" if held is None else f"{held:.2f}",
             )
             lines.append(f"| {' | '.join(cells)} |")

@@ -107,6 +107,10 @@ class Forked:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End them, whatever they are at."""
         for process, pipe in zip(self.processes, self.pipes, strict=True):
             process.kill()
             process.join()

@@ -59,9 +59,8 @@ class Shards:
                 return self
             self.resources.enter_context(threadpool_limits(1, user_api="blas"))
             self.pool = self.resources.enter_context(ThreadPoolExecutor(self.workers))
-            self.resources.enter_context(
-                working(Pool(self.pool, self.workers))
-            )  # for the optimizer
+            pool = Pool(self.pool, self.workers)
+            self.resources.enter_context(working(pool))  # for the optimizer
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -159,5 +158,5 @@ class Shards:
     def part(self) -> None:
         """Let the copies go."""
         if self.copies is not None:
-            self.copies.__exit__()
+            self.copies.close()
             self.copies = None
