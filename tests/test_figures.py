@@ -32,17 +32,15 @@ DRAWN |= {
     if task != "dates"
 }
 DRAWN |= {f"bench_{suite}": (f"bench_{suite}", bench_figure) for suite in SUITES}
-DRAWN |= {
-    f"bench_{name}": (f"bench_{name}", bench_figure)
-    for name in (
-        "step_smollm2",
-        "memory_smollm2",
-        "generate_smollm2",
-        "step_stock",
-        "step_even",
-        "step_wide",
-    )  # fmt: skip
-}
+MORE = (
+    "step_smollm2",
+    "memory_smollm2",
+    "generate_smollm2",
+    "step_stock",
+    "step_even",
+    "step_wide",
+)
+DRAWN |= {f"bench_{name}": (f"bench_{name}", bench_figure) for name in MORE}
 PICTURES = sorted(path.stem for path in FIGURES.glob("*.png"))
 
 
