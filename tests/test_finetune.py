@@ -18,6 +18,7 @@ from minilora.lab.report import size
 from minilora.lora.lora import merge
 from minilora.model.generate import each_token, generate
 from minilora.quant.linear import quantize
+from minilora.train.forked import can_fork
 
 pytest.importorskip("matplotlib")
 
@@ -125,6 +126,20 @@ def test_text_and_more_options(tmp_path, capsys, place):
     assert record["config"]["epochs"] == 2
 
 
+def test_shards_learn_the_same_and_what_they_hold_is_counted(tmp_path, capsys, place, monkeypatch):
+    from minilora.train import parallel
+
+    monkeypatch.setattr(parallel.os, "cpu_count", lambda: 2)  # so that they work at one time
+    one, two = (
+        json.loads(finetuned(capsys, place, tmp_path / str(n), "--shards", n, "--json")[1])
+        for n in (1, 2)
+    )
+    assert one["losses"]["adapted"] == pytest.approx(two["losses"]["adapted"], rel=1e-3)
+    assert (one["config"]["shards"], two["config"]["shards"]) == (1, 2)
+    if can_fork():
+        assert two["peak_bytes"]["training"] > one["peak_bytes"]["training"]
+
+
 def test_interrupted_and_resumed_is_the_run_never_interrupted(tmp_path, capsys, place, monkeypatch):
     finetuned(capsys, place, tmp_path / "whole")
     plain, calls = lab.loss, [0]
@@ -160,6 +175,7 @@ def test_interrupted_and_resumed_is_the_run_never_interrupted(tmp_path, capsys, 
         (["--rank", "0"], "rank: expected >= 1"),
         (["--batch", "0"], "batch: expected >= 1"),
         (["--grad-accum", "0"], "grad_accum"),
+        (["--shards", "0"], "shards: expected >= 1"),
         (["--lr", "nan"], "lr: expected a number > 0"),
         (["--epochs", "-1"], "epochs: expected a number > 0"),
         (["--alpha", "0"], "alpha: expected a number > 0"),

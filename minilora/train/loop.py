@@ -54,10 +54,12 @@ def fit(
 
     `loss(model, batch, rng)` is a sum over the scored items; the gradient is divided once
     by how many there are in the whole step, so that `accumulate` micro-batches, or any
-    number of `shards`, equal the one big batch.  `schedule(step)` scales the optimizer's
-    learning rate.  Every `every` steps, and at the end, the history gets a record; with
-    `validation` it holds the mean loss there, the best model is the one returned, and
-    `patience` records without a better one end the run.
+    number of `shards`, equal the one big batch.  Shards are worked on at the same time, on Linux
+    by copies of this process (see `Shards`), which share the evaluations too.
+
+    `schedule(step)` scales the optimizer's learning rate.  Every `every` steps, and at the end,
+    the history gets a record; with `validation` it holds the mean loss there, the best model is
+    the one returned, and `patience` records without a better one end the run.
 
     With `checkpoints`, the state is saved with each record and on Ctrl-C; with `resume` the run
     goes on from the newest one, if there is one, and ends as if it had never stopped.
