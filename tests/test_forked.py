@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from minilora.engine.errors import MiniloraError, NumericsError
+from minilora.engine.rules import only_reference, reference_rules
 from minilora.engine.tensor import Parameter, Tensor
 from minilora.optim.adamw import AdamW
 from minilora.train import parallel
@@ -115,17 +117,50 @@ def test_copies_end_with_the_process_that_made_them(tmp_path):
         for i in range(3):
             forked.ask(i)
         print(*(forked.result(i) for i in range(3)), flush=True)
+        forked.ask(0)  # an answer that nobody reads
         time.sleep(600)
     """
-    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     with parent:
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) == 3
+        time.sleep(0.2)
         parent.kill()
+        assert parent.stderr.read() == ""  # until the last copy has closed it
     end = time.monotonic() + 60
     while (alive := [pid for pid in pids if running(pid)]) and time.monotonic() < end:
         time.sleep(0.02)
     assert not alive
+
+
+def test_signals_are_for_the_process_that_asks():
+    def handlers():
+        return signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        with Forked(1, handlers) as forked:
+            forked.ask(0)
+            assert forked.result(0) == (signal.SIG_IGN, signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_where_the_second_cannot_be_forked_the_first_ends(monkeypatch):
+    plain, calls = os.fork, []
+
+    def fork():
+        calls.append(1)
+        if len(calls) == 2:
+            raise BlockingIOError("no more processes")
+        return plain()
+
+    monkeypatch.setattr(os, "fork", fork)
+    with pytest.raises(BlockingIOError, match="no more processes"):
+        Forked(2, os.getpid)
+    assert not copies()
 
 
 def running(pid):
@@ -207,6 +242,45 @@ def test_another_loss_is_another_copy():
     assert float(double) == pytest.approx(2 * float(once))
 
 
+def test_copies_follow_the_choice_of_rules():
+    """As threads do, which carry context variables along."""
+    optimizer, data = problem()
+
+    def loss(model, batch, rng):
+        return least_squares(model, batch, rng) * 0.0 + float(only_reference())
+
+    with Shards(optimizer.flat, 2) as workers:
+        for inside, total in ((nullcontext(), 0), (reference_rules(), 2), (nullcontext(), 0)):
+            with inside:
+                assert workers.add(loss, data, np.arange(12), (0,))[0] == total
+
+
+def test_an_interrupted_end_still_gives_the_threads_back(monkeypatch):
+    from threadpoolctl import threadpool_info
+
+    def threads():
+        return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+
+    def interrupted(self):
+        plain(self)
+        raise KeyboardInterrupt
+
+    plain, before = Forked.close, threads()
+    monkeypatch.setattr(Forked, "close", interrupted)
+    optimizer, data = problem()
+    with pytest.raises(KeyboardInterrupt), Shards(optimizer.flat, 2) as workers:
+        workers.add(least_squares, data, np.arange(12), (0,))
+    assert threads() == before
+    assert not copies()
+
+
+def test_no_rows_no_gradient():
+    optimizer, data = problem()
+    with Shards(optimizer.flat, 2) as workers:
+        assert workers.add(least_squares, data, np.arange(0), (0,)) == (0.0, 0)
+    assert not optimizer.flat.grad.any()
+
+
 def test_an_error_here_leaves_no_answer_for_the_next_batch():
     optimizer, data = problem()
     rows, here = np.arange(len(data)), os.getpid()
@@ -247,6 +321,11 @@ def test_workers_share_an_evaluation(shards, forks, monkeypatch):
             workers.add(loss, data, np.arange(9), (0, step))
             optimizer.step()
             assert evaluate(optimizer.model, loss, seen, 3, workers) < shared
+        double = lambda *arguments: loss(*arguments) * 2.0  # for which other copies are made
+        now = evaluate(optimizer.model, loss, seen, 3)
+        assert evaluate(optimizer.model, double, seen, 3, workers) == pytest.approx(2 * now)
+        with pytest.raises(MiniloraError, match="the model that the workers train"):
+            evaluate(problem()[0].model, loss, seen, 3, workers)
 
 
 @pytest.mark.parametrize("presses", [1, 2])
@@ -264,7 +343,7 @@ def test_control_c_reaches_the_process_that_asked(presses, tmp_path):
         def slow(model, batch, rng):
             if rng.bit_generator.seed_seq.entropy[1] == 2:
                 os.write(1, b"now\\n")  # in one stroke
-                time.sleep(1 if {presses} == 1 else 60)
+                time.sleep(5 if {presses} == 1 else 60)
             return test_forked.least_squares(model, batch, rng)
 
         run = fit(optimizer, slow, data, steps=9, batch=4, every=1, shards=2)
@@ -279,9 +358,11 @@ def test_control_c_reaches_the_process_that_asked(presses, tmp_path):
     )
     with child:
         assert child.stdout.readline() == child.stdout.readline() == "now\n"  # both shards
-        for press in range(presses):
-            time.sleep(0.2 * press)
-            os.killpg(child.pid, signal.SIGINT)
+        os.killpg(child.pid, signal.SIGINT)
+        while presses > 1 and child.poll() is None:  # two that come at once would be one
+            time.sleep(0.1)
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGINT)
         out, words = child.communicate(timeout=50)
     if presses == 1:
         assert (out, child.returncode) == ("interrupted 3\n", 0), words

@@ -74,6 +74,7 @@ def held_at_most() -> int:
     """Bytes at the peak of this process, and those that its forked copies have for themselves.
 
     Of the copies as it is now: their memory does not shrink where `keep_large_blocks` could.
+    Pages that only copies share, which takes two of them, are not counted.
     """
     return memory("VmHWM") + sum(private_bytes(copy.pid) for copy in copies())
 

@@ -56,21 +56,26 @@ class Forked:
         fork = get_context("fork")
         self.pipes: list[Any] = []
         self.processes: list[Any] = []
-        for _ in range(count):
-            ours, theirs = fork.Pipe()
-            self.pipes.append(ours)
-            process = fork.Process(
-                target=answer,
-                args=(theirs, tuple(self.pipes), begin, function),
-                name=NAME,
-                daemon=True,
-            )
-            with warnings.catch_warnings():
-                # Python warns of locks that other threads may hold: a copy takes none of theirs.
-                warnings.simplefilter("ignore", DeprecationWarning)
-                process.start()
-            theirs.close()
-            self.processes.append(process)
+        try:
+            for _ in range(count):
+                ours, theirs = fork.Pipe()
+                process = fork.Process(
+                    target=answer,
+                    args=(theirs, (*self.pipes, ours), begin, function),
+                    name=NAME,
+                    daemon=True,
+                )
+                with warnings.catch_warnings():
+                    # Python warns of locks that other threads may hold at this moment: what
+                    # runs in a copy here takes none of theirs, nor should a loss.
+                    warnings.simplefilter("ignore", DeprecationWarning)
+                    process.start()
+                theirs.close()
+                self.pipes.append(ours)
+                self.processes.append(process)
+        except BaseException:
+            self.close()
+            raise
 
     def ask(self, copy: int, *arguments: Any) -> None:
         """Have a copy call `function(*arguments)`."""
@@ -111,8 +116,9 @@ class Forked:
 
     def close(self) -> None:
         """End them, whatever they are at."""
-        for process, pipe in zip(self.processes, self.pipes, strict=True):
+        for process in self.processes:
             process.kill()
+        for process, pipe in zip(self.processes, self.pipes, strict=True):
             process.join()
             process.close()
             pipe.close()
@@ -121,6 +127,7 @@ class Forked:
 def answer(pipe: Any, others: Sequence, begin: Callable, function: Callable):
     """A copy's life: calls, until the other end of the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # and so is what it does before it ends
     for other in others:  # or a pipe would stay open when that process has died
         other.close()
     gc.freeze()  # collecting what was there before would copy its pages
@@ -128,7 +135,7 @@ def answer(pipe: Any, others: Sequence, begin: Callable, function: Callable):
     while True:
         try:
             arguments = pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):  # a reset, where an answer was left unread
             return
         try:
             reply, error = (function(*arguments), None), None

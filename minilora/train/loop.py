@@ -168,9 +168,12 @@ def evaluate(
     """The mean loss per scored item, on a frozen model: no graph is built.
 
     Those `workers` that train the model share the batches; the sum is the same.
+    Errors: `MiniloraError` if they train another.
     """
     cuts = [rows for rows in data.in_order(batch) if data.scored[rows].any()]
     if workers is not None:
+        if model is not workers.flat.model:
+            raise MiniloraError("evaluate: expected the model that the workers train")
         values = workers.losses(loss, data, cuts)
     else:
         model = freeze(model)

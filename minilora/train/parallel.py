@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..engine.backend import xp_of
+from ..engine.rules import only_reference
 from ..engine.workers import Pool, working
 from ..model.module import freeze
 from ..optim.flat import Flat
@@ -35,8 +36,9 @@ class Shards:
     are this process and copies forked from it, which need not wait for one another's
     interpreter; elsewhere they are threads.  Use as a context manager.
 
-    A forked copy has the model and the loss as they were at its first batch, and the weights
-    that train as they are: what `loss` changes by itself stays with the copy.
+    A forked copy has all as it was at its first batch, but the Parameters of the model as they
+    are: what `loss` changes by itself stays with the copy, and where it closes over another view
+    of the weights, as `freeze(model)`, that view stays what it was.
     """
 
     def __init__(self, flat: Flat, shards: int = 1):
@@ -65,8 +67,10 @@ class Shards:
 
     def __exit__(self, *error: Any) -> None:
         self.pool = None
-        self.part()
-        self.resources.close()
+        try:
+            self.part()
+        finally:
+            self.resources.close()
 
     def add(
         self, loss: Loss, data: Data, rows: np.ndarray, key: tuple[int, ...], pieces: int = 1
@@ -77,6 +81,8 @@ class Shards:
         the same sum, a part of the activations, and no waiting for the other shards between.
         """
         cuts = [part for part in np.array_split(rows, len(self.buffers)) if len(part)]
+        if not cuts:
+            return 0.0, 0
         scored, jobs = 0, []
         for shard, cut in enumerate(cuts):
             micro = [data.take(p, self.device) for p in np.array_split(cut, pieces) if len(p)]
@@ -129,9 +135,10 @@ class Shards:
 
     def each_forked(self, task: str, loss: Loss, jobs: list[tuple]) -> list:
         """Worker w takes every job from w on in steps of `workers`; w = 0 is this process."""
-        if self.copies is None or self.loss != loss:
+        made_for = (loss, only_reference())
+        if self.copies is None or self.made_for != made_for:
             self.part()
-            self.loss, self.weights = loss, shared_zeros(self.flat.data)
+            self.made_for, self.weights = made_for, shared_zeros(self.flat.data)
             self.copies = Forked(self.workers - 1, self.share_of_copy, self.follow)
         self.weights[...] = self.flat.data
         shares = [jobs[w :: self.workers] for w in range(self.workers)]
@@ -146,17 +153,17 @@ class Shards:
         return [values[job % self.workers][job // self.workers] for job in range(len(jobs))]
 
     def share_of_copy(self, task: str, jobs: list[tuple]) -> list:
-        return self.share(task, self.loss, jobs)
+        return self.share(task, self.made_for[0], jobs)
 
     def follow(self) -> None:
         """In a copy: the Parameters are views of the weights that are shared, not of its own."""
         for path, view in self.flat.cut(self.weights).items():
             self.flat.named[path].data = view
-        self.flat.data = self.weights
+        self.flat.data = self.weights  # so that the pages of before are free
         self.__dict__.pop("frozen", None)  # it had the arrays of before
 
     def part(self) -> None:
         """Let the copies go."""
-        if self.copies is not None:
-            self.copies.close()
-            self.copies = None
+        copies, self.copies = self.copies, None
+        if copies is not None:
+            copies.close()
