@@ -134,16 +134,22 @@ def test_what_it_says_of_speed_is_in_the_records():
 
 def test_what_it_says_of_the_speed_of_writing_of_codes_and_of_the_real_model():
     flat = " ".join(README.split())
-    cases = bench_record("generate")["cases"]
-    speed = {
-        case["title"]: f"{1 / row['ratio']:.1f}"
-        for case in cases
-        for row in case["rows"]
-        if row["contender"] == "torch"
-    }
-    one, eight = ([speed[f"S{i} full, batch {batch}"] for i in range(4)] for batch in (1, 8))
+
+    def speed(name, batch):
+        return [
+            f"{1 / row['ratio']:.1f}"
+            for i in range(4)
+            for case in bench_record(name)["cases"]
+            for row in case["rows"]
+            if case["title"] == f"S{i} full, batch {batch}" and row["contender"] == "torch"
+        ]
+
+    one, eight = (speed("generate", batch) for batch in (1, 8))
     assert "written at {}, {}, {} and {} times torch's speed at S0 to S3".format(*one) in flat
     assert "eight at {}, {}, {} and {} times (".format(*eight) in flat
+    one, eight = (speed("generate_intel", batch) for batch in (1, 8))
+    assert "machine it is {}, {}, {} and {} times for one sequence".format(*one) in flat
+    assert "and {}, {}, {} and {} for eight (".format(*eight) in flat
     codes = [row["ratio"] for case in bench_record("quantize")["cases"] for row in case["rows"]
              if row["contender"] == "bnb"]  # fmt: skip
     assert len(codes) == 4
