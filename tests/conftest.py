@@ -121,3 +121,12 @@ def is_loopback(name: str) -> bool:
         return name == "localhost" or ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False  # a name, which would have to be looked up
+
+
+@pytest.fixture(scope="session")
+def where_it_forks(device):
+    from minilora.train.forked import can_fork
+
+    if device != "cpu" or not can_fork():
+        pytest.skip("nothing is forked here")
+    pytest.importorskip("threadpoolctl")

@@ -1,6 +1,7 @@
 """The writers of parameters against textbook loops, and what they do when numbers go wrong."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -330,3 +331,18 @@ def test_schedules_at_known_points():
     for bad in (("step", 10, 0), ("linear", 10, 1.5)):
         with pytest.raises(MiniloraError, match="schedule: expected"):
             schedule(*bad)
+
+
+def test_moments_take_no_memory_before_the_first_step(device):
+    """Nor does the gradient: what a process forked before it has to keep is the weights."""
+    from minilora.lab.machine import memory
+
+    if device != "cpu" or not Path("/proc/self/status").exists():
+        pytest.skip("reads what Linux says of this process")
+    weights = Parameter(np.ones(1 << 24, np.float32))  # 64 MiB
+    before = memory("VmRSS")
+    optimizer = AdamW([weights])
+    assert memory("VmRSS") - before < 1.5 * weights.data.nbytes  # its own copy of them
+    optimizer.flat.grad[...] = 1
+    optimizer.step()
+    assert memory("VmRSS") - before > 3.5 * weights.data.nbytes

@@ -132,6 +132,25 @@ def test_what_it_says_of_speed_is_in_the_records():
     assert f"in {said(small)} of their time" in flat
 
 
+def test_what_it_says_of_the_machine_where_torch_multiplies_faster():
+    """About half of a step is products; LoRA about as fast as torch; full fine-tuning slower."""
+    record = bench_record("step")
+    ratio = {
+        case["title"]: row["ratio"]
+        for case in record["cases"]
+        for row in case["rows"]
+        if row["contender"] == "torch"
+    }
+    for shape in ("S0", "S1", "S2", "S3"):
+        assert 0.85 <= ratio[f"{shape} lora"] <= 1.05
+        assert ratio[f"{shape} full"] > 1.1
+    for case in record["cases"]:
+        if case["title"] in ("S1 lora", "S2 lora"):
+            ours = next(row for row in case["rows"] if row["contender"] == "minilora")
+            share = case["gflop"] / (ours["ms"] / 1e3) / record["ceilings"]["numpy"]
+            assert 0.4 <= share <= 0.6
+
+
 def test_what_it_says_of_the_speed_of_writing_of_codes_and_of_the_real_model():
     flat = " ".join(README.split())
 

@@ -162,12 +162,12 @@ def train(
     examples = config.batch * config.grad_accum
     steps = max(1, math.ceil(config.epochs * len(corpus.train) / examples))
     about = {k: v for k, v in asdict(config).items() if k not in ("out", "prompts")}
-    peaks = [0]
+    peaks: list[int] = []
 
     def weighed(*step: Any) -> Any:
         """A step, and what it took while the forked copies are there."""
         done = eager(*step)
-        peaks[0] = max(peaks[0], held_at_most())
+        peaks.append(held_at_most())
         return done
 
     result = fit(
@@ -191,7 +191,7 @@ def train(
         label=config.method,
         advance=weighed,
     )
-    return result, steps, max(peaks[0], held_at_most())
+    return result, steps, max([*peaks, held_at_most()])
 
 
 def tokens_seen(corpus: Corpus, config: FinetuneConfig, steps: int) -> float:

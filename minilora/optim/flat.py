@@ -61,7 +61,7 @@ class Flat:
         order = sorted(named, key=group.__getitem__, reverse=True)  # stable
         xp = xp_of(named[order[0]].data)
         self.data = xp.concatenate([named[path].data.ravel() for path in order])
-        self.grad = xp.zeros(self.data.shape, self.data.dtype)
+        self.grad = xp.zeros(self.data.shape, self.data.dtype)  # not zeros_like: see AdamW
         self.spans: dict[str, slice] = {}
         self.shapes = {path: named[path].shape for path in order}
         self.parts: list[tuple[slice, Group]] = []

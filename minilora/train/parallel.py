@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from contextvars import copy_context
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -125,10 +125,10 @@ class Shards:
             return (getattr(self, task)(loss, *job) for job in jobs)
         if self.forks:
             return self.each_forked(task, loss, list(jobs))
-        started = [self.pool.submit(copy_context().run, self.share, task, loss, [j]) for j in jobs]
+        started = [self.pool.submit(copy_context().run, self.share, loss, task, [j]) for j in jobs]
         return [value for job in started for value in job.result()]
 
-    def share(self, task: str, loss: Loss, jobs: list[tuple]) -> list:
+    def share(self, loss: Loss, task: str, jobs: list[tuple]) -> list:
         """A worker's part of the jobs."""
         with working(None):  # the workers are at work already
             return [getattr(self, task)(loss, *job) for job in jobs]
@@ -139,21 +139,18 @@ class Shards:
         if self.copies is None or self.made_for != made_for:
             self.part()
             self.made_for, self.weights = made_for, shared_zeros(self.flat.data)
-            self.copies = Forked(self.workers - 1, self.share_of_copy, self.follow)
+            self.copies = Forked(self.workers - 1, partial(self.share, loss), self.follow)
         self.weights[...] = self.flat.data
         shares = [jobs[w :: self.workers] for w in range(self.workers)]
         try:
             for copy, share in enumerate(shares[1:]):
                 self.copies.ask(copy, task, share)
-            values = [self.share(task, loss, shares[0])]
+            values = [self.share(loss, task, shares[0])]
             values += [self.copies.result(copy) for copy in range(self.workers - 1)]
         except BaseException:  # Ctrl-C too: an answer that nobody took must not be the next one's
             self.part()
             raise
         return [values[job % self.workers][job // self.workers] for job in range(len(jobs))]
-
-    def share_of_copy(self, task: str, jobs: list[tuple]) -> list:
-        return self.share(task, self.made_for[0], jobs)
 
     def follow(self) -> None:
         """In a copy: the Parameters are views of the weights that are shared, not of its own."""
