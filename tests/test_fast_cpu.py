@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_ops import rules_of_the_library
 
@@ -12,7 +12,8 @@ from minilora.engine import attention, fused, loss
 from minilora.engine.check import gradients
 from minilora.engine.rules import reference_rules
 from minilora.engine.tensor import Op, Parameter, Tensor
-from minilora.fast.cpu import over_rows, skinny, stack_height
+from minilora.fast import cpu
+from minilora.fast.cpu import few_rows, height_of_few, over_rows, skinny, stack_height
 from minilora.model.layers import Linear
 
 pytestmark = pytest.mark.usefixtures("on_the_host")
@@ -197,17 +198,34 @@ def test_only_what_is_wanted_is_computed_and_the_same(name):
         np.testing.assert_allclose(value.backward(w)[p], whole[i], rtol=1e-12, atol=1e-13)
 
 
+@pytest.fixture
+def in_stacks(monkeypatch):
+    """As where BLAS has kernels for small products, and one thread."""
+    monkeypatch.setattr(cpu, "small_kernels", lambda: True)
+    monkeypatch.setattr(cpu, "on_one_thread", lambda: True)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.integers(1, 700), st.sampled_from([1, 100, 256, 1000]), st.sampled_from([1, 8, 64]),
-    st.sampled_from([np.float32, np.float64]), st.integers(0, 99),
+    st.sampled_from([np.float32, np.float64]), st.sampled_from("CF"), st.integers(0, 99),
 )  # fmt: skip
-def test_products_in_stacks_are_products(n, d, r, dtype, seed):
+@example(128, 256, 8, np.float32, "C", 0)  # whole stacks
+@example(700, 1000, 8, np.float32, "F", 0)  # and a rest
+def test_products_in_stacks_are_products(in_stacks, n, d, r, dtype, order, seed):
     """Rows that fill stacks, rows left over, and too few or too wide for any."""
     rng = np.random.default_rng(seed)
     x, M, u = (rng.standard_normal(s).astype(dtype) for s in ((n, d), (d, r), (n, r)))
-    height = stack_height(n, d, r)
-    assert height == 0 or (height < n and height * d * r <= 800_000)
-    for found, a, b in ((skinny(x, M), x, M), (over_rows(u, x), u.T, x)):
+    M = np.asarray(M, order=order)
+    for along, most in ((False, np.inf), (True, 1200)):
+        height = stack_height(n, d, r, along)
+        assert height == 0 or (height < n and height * d * r <= 800_000 and height * r <= most)
+    few, W = M.T, np.asarray(x, order=order)  # x transposed, as the weight of r rows
+    for found, a, b in (
+        (skinny(x, M), x, M),
+        (over_rows(u, x), u.T, x),
+        (few_rows(few, W, height_of_few(r, W)), few, W.T),
+    ):
         wanted = a.astype(np.float64) @ b.astype(np.float64)
         assert found.dtype == dtype
         assert found.shape == wanted.shape
@@ -215,12 +233,19 @@ def test_products_in_stacks_are_products(n, d, r, dtype, seed):
         assert gap <= 8 * np.finfo(dtype).eps * max(1, np.sqrt(max(n, d)) / 8)
 
 
-def test_stacks_are_used_where_they_pay():
+def test_stacks_are_used_where_they_pay(in_stacks, monkeypatch):
     assert stack_height(1024, 256, 8) == 256
+    assert stack_height(1024, 256, 8, along=True) == 128
     assert stack_height(1024, 1536, 8) == 64
     assert stack_height(1024, 384, 64) == 32
     assert stack_height(1024, 1536, 64) == 0  # wide enough for a packed product
     assert stack_height(64, 256, 8) == 0
+    W = np.zeros((1536, 384), np.float32)
+    assert [height_of_few(n, W) for n in (1, 2, 8, 16, 17)] == [0, 512, 128, 64, 0]
+    monkeypatch.setattr(cpu, "on_one_thread", lambda: False)
+    assert height_of_few(8, W) == 0
+    monkeypatch.setattr(cpu, "small_kernels", lambda: False)
+    assert stack_height(1024, 256, 8) == 0
 
 
 @pytest.mark.parametrize("name", FAST_OPS)

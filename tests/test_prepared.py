@@ -14,6 +14,7 @@ from minilora.engine.recorded import Recorded
 from minilora.engine.rounding import narrow
 from minilora.engine.rules import reference_rules
 from minilora.engine.tensor import Op
+from minilora.fast import cpu
 from minilora.fast.cpu import BLOCK
 from minilora.model.cache import LayerCache
 
@@ -129,6 +130,20 @@ def test_it_is_its_specification(name, n, d, seed):
         for a, b in zip((*one, *small, *later), (*kept, *in_dtype(before, dtype),
                         *in_dtype(after, dtype)), strict=True):  # fmt: skip
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_wide_weight_meets_a_few_rows_in_stacks(order, monkeypatch):
+    monkeypatch.setattr(cpu, "small_kernels", lambda: True)
+    monkeypatch.setattr(cpu, "on_one_thread", lambda: True)
+    rng = np.random.default_rng(0)
+    x, W, b = (rng.standard_normal(s, np.float32) for s in ((8, 1, 256), (1040, 256), 1040))
+    W = np.asarray(W, order=order)
+    assert cpu.height_of_few(8, W) > 0
+    (wanted,) = specified("linear", (x, W, b), {})
+    found = prepared("linear", (x, W, b), {})(x, W, b)
+    assert found.shape == (8, 1, 1040)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

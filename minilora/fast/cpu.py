@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from ..engine.blas import on_one_thread, small_kernels
 from ..engine.errors import NumericsError
 from ..engine.fused import (
     GELU_CUBE,
@@ -31,6 +32,7 @@ from ..engine.tensor import swap
 # Entries of a block: 512 KiB of float32, half a level-2 cache.  Each call into NumPy hands the
 # interpreter to the other threads and may have to wait for it after: shorter blocks cost more.
 BLOCK = 1 << 17
+FEW = 16  # rows that are few: for more, packing pays
 
 
 class Arena(threading.local):
@@ -173,20 +175,22 @@ def _(xp, x, A, B, *, base, scale, wants):
     return y.reshape(*shape[:-1], d_out), together(pullback)
 
 
-def stack_height(n: int, d: int, r: int) -> int:
-    """Rows of a stack, 0 for no stacks.
+def stack_height(n, d, r, along=False):
+    """Rows of a stack of (n, d) that is multiplied with (d, r); 0 for no stacks.
 
-    OpenBLAS multiplies up to 10^6 terms without packing its arguments into buffers first, and
-    packing an (n, d) matrix takes as long as its product with eight columns.
+    So many that `small_kernels` take them.  `along`: both lie along d.
     """
-    height = 1 << max(0, (800_000 // max(1, d * r)).bit_length() - 1)
-    return height if 32 <= height < n else 0
+    most = 800_000 // max(1, d * r)
+    if along:
+        most = min(most, 1200 // max(1, r))
+    height = 1 << max(0, most.bit_length() - 1)
+    return height if 32 <= height < n and small_kernels() else 0
 
 
 def skinny(x, M):
     """x M for few columns: x (n, d), M (d, r)."""
     (n, d), r = x.shape, M.shape[1]
-    height = stack_height(n, d, r)
+    height = stack_height(n, d, r, along=not M.flags.c_contiguous)
     if not height:
         return x @ M
     whole, y = n - n % height, np.empty((n, r), x.dtype)
@@ -208,6 +212,26 @@ def over_rows(u, x):
     if whole < n:
         total += u[whole:].T @ x[whole:]
     return total
+
+
+def height_of_few(n, W):
+    """Rows of W's stacks where it meets n rows at a time; 0 for no stacks."""
+    if not 1 < n <= FEW or not on_one_thread():
+        return 0
+    return stack_height(*W.shape, n, along=W.flags.c_contiguous)
+
+
+def few_rows(x, W, height):
+    """x Wᵀ for few rows of x, by stacks of W's rows: x (n, d_in), W (d_out, d_in)."""
+    if not height:
+        return x @ W.T
+    (n, d_in), d_out = x.shape, len(W)
+    whole, y = d_out - d_out % height, np.empty((n, d_out), x.dtype)
+    stacks = W.T[:, :whole].reshape(d_in, -1, height).transpose(1, 0, 2)
+    np.matmul(x, stacks, out=y[:, :whole].reshape(n, -1, height).transpose(1, 0, 2))
+    if whole < d_out:
+        np.matmul(x, W[whole:].T, out=y[:, whole:])
+    return y
 
 
 @layer_norm.on("numpy")

@@ -25,7 +25,7 @@ from ..engine.fused import (
 from ..engine.rules import wide
 from ..engine.tensor import add, getitem, reshape
 from ..model.cache import remembered
-from .cpu import BLOCK, equal_parts, inverse_sigmoid, out_of_range, real
+from .cpu import BLOCK, equal_parts, few_rows, height_of_few, inverse_sigmoid, out_of_range, real
 from .cpu_attention import one_query, turned, turns_up_to
 
 add.prepared_on("numpy")(lambda a, b: operator.add)
@@ -57,9 +57,10 @@ def _(x, W, b=None):
     if not small(x, W, b):
         return NotImplemented
     flat, shape = flattened(x), (*x.shape[:-1], len(W))
+    height = height_of_few(x.size // x.shape[-1], W)
 
     def run(x, W, b=None):
-        y = times(x.reshape(flat), W)
+        y = times(x.reshape(flat), W, height)
         if b is not None:
             y += b
         return y.reshape(shape)
@@ -91,9 +92,9 @@ def flattened(x):
     return x.shape[-1:] if x.size == x.shape[-1] else (-1, x.shape[-1])
 
 
-def times(x, W):
+def times(x, W, height=0):
     """x Wᵀ; of a single row the product of a matrix and a vector."""
-    return W.dot(x) if x.ndim == 1 else x @ W.T
+    return W.dot(x) if x.ndim == 1 else few_rows(x, W, height)
 
 
 @layer_norm.prepared_on("numpy")

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..engine.backend import to_device, to_numpy, xp_of
+from ..engine.blas import on_one_thread, small_kernels
 from ..engine.errors import MiniloraError, NumericsError
 from ..engine.recorded import Recorded
 from ..engine.rules import wide
@@ -155,12 +156,21 @@ def for_decoding(model: Any) -> Any:
 
     def convert(path: str, node: Any) -> Any:
         if isinstance(node, Linear) and xp_of(node.weight.data) is np:
-            d_out, d_in = node.shape
-            order = "F" if d_out >= d_in else "C"
-            return Linear(Tensor(np.array(wide(node.weight.data), order=order)), node.bias)
+            W = wide(node.weight.data)
+            return Linear(Tensor(np.array(W, order=decoding_order(*W.shape))), node.bias)
         return node
 
     return rebuild(freeze(model), convert)
+
+
+def decoding_order(d_out: int, d_in: int) -> str:
+    """ "F", column by column, for a weight with more rows than columns, else "C".
+
+    Row by row a large one, too, where BLAS reads it in place against a few rows on its one
+    thread: a stack of its rows then lies in one piece.
+    """
+    stacks = d_out * d_in > 1 << 17 and small_kernels() and on_one_thread()
+    return "F" if d_out >= d_in and not stacks else "C"
 
 
 def draw(
