@@ -125,7 +125,7 @@ def is_loopback(name: str) -> bool:
 
 @pytest.fixture(scope="session")
 def where_it_forks(device):
-    from minilora.train.forked import can_fork
+    from minilora.engine.forked import can_fork
 
     if device != "cpu" or not can_fork():
         pytest.skip("nothing is forked here")

@@ -163,6 +163,8 @@ UPDATES = {
     "narrow": "test_bf16.py",
     "summed": "test_bf16.py",
     "remembered": "test_transformer.py",
+    "all_reduce": "test_team.py",
+    "all_gather": "test_team.py",
 }
 
 

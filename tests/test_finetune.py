@@ -10,6 +10,7 @@ from real_files import adapted_of, logits, model_of, tokenizer_of
 
 from minilora import cli
 from minilora.engine.errors import BaseMismatchWarning
+from minilora.engine.forked import can_fork, copies
 from minilora.files.huggingface import read_huggingface, save_huggingface
 from minilora.files.peft import load_adapter, save_adapter
 from minilora.lab import finetune as lab
@@ -18,7 +19,6 @@ from minilora.lab.report import size
 from minilora.lora.lora import merge
 from minilora.model.generate import each_token, generate
 from minilora.quant.linear import quantize
-from minilora.train.forked import can_fork, copies
 
 pytest.importorskip("matplotlib")
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from minilora.engine.errors import MiniloraError, NumericsError
-from minilora.train.forked import Forked, can_fork, copies, shared_zeros
+from minilora.engine.forked import Forked, can_fork, copies, shared_zeros
 
 pytestmark = pytest.mark.usefixtures("where_it_forks")
 
@@ -81,7 +81,7 @@ def test_a_copy_that_died_says_how():
 
     with Forked(2, die) as forked:
         forked.ask(0)
-        with pytest.raises(MiniloraError, match=r"forked to compute a shard, ended with -9"):
+        with pytest.raises(MiniloraError, match=r"forked to share the work, ended with -9"):
             forked.result(0)
         with pytest.raises(MiniloraError, match=r"ended with -9"):
             forked.ask(0)
@@ -91,7 +91,7 @@ def test_copies_end_with_the_process_that_made_them(tmp_path):
     """Killed at once, it cannot tell them: they find their pipes closed, each by itself."""
     script = """if True:
         import os, time, sys
-        from minilora.train.forked import Forked
+        from minilora.engine.forked import Forked
         forked = Forked(3, os.getpid)
         for i in range(3):
             forked.ask(i)

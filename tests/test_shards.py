@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from minilora.engine.errors import MiniloraError
+from minilora.engine.forked import Forked, copies
 from minilora.engine.rules import only_reference, reference_rules
 from minilora.engine.tensor import Parameter, Tensor
 from minilora.optim.adamw import AdamW
 from minilora.train import parallel
 from minilora.train.data import Data
-from minilora.train.forked import Forked, copies
 from minilora.train.loop import evaluate
 from minilora.train.parallel import Shards
 

@@ -23,6 +23,7 @@ from ..engine.fused import (
     swiglu,
 )
 from ..engine.rules import wide
+from ..engine.team import all_reduce
 from ..engine.tensor import add, getitem, reshape
 from ..model.cache import remembered
 from .cpu import BLOCK, equal_parts, few_rows, height_of_few, inverse_sigmoid, out_of_range, real
@@ -35,6 +36,22 @@ reshape.prepared_on("numpy")(lambda x, *, shape: operator.methodcaller("reshape"
 
 def small(*arrays):
     return real(*arrays) and 0 < arrays[0].size <= BLOCK
+
+
+@all_reduce.prepared_on("numpy")
+def _(y, *, team):
+    n, shape = y.size, y.shape
+    if len(team.cuts(n, y.itemsize)) != 1:
+        return NotImplemented
+
+    def run(y):
+        shares = team.exchange(y.reshape(n))
+        total = shares[0, :n].copy()
+        for share in shares[1:]:
+            total += share[:n]
+        return total.reshape(shape)
+
+    return run
 
 
 @embedding.prepared_on("numpy")

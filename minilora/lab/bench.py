@@ -31,7 +31,7 @@ BASELINES = {  # what it is called in print, and the suites that it runs in
     "stock": ("torch as it comes + PEFT", ("step",)),
     "primitives": ("our primitives", ("step", "memory", "scaling")),
     "reference": ("our specifications", SUITES),
-    "blas": ("minilora, BLAS threads", ("step", "memory", "threads")),
+    "blas": ("minilora, BLAS threads", ("step", "memory", "threads", "generate")),
 }
 WEIGHED = ("memory", "micro", "scaling")  # the suites that report bytes
 ALONE = {  # the only baselines of a suite, if none are asked for

@@ -5,16 +5,19 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ..engine.errors import MiniloraError
+from ..engine.forked import can_fork
 from ..engine.rules import reference_rules
 from ..engine.tensor import Tensor
 from ..engine.workers import threads
 from ..model.generate import for_decoding, generate
 from ..model.module import parameters, rebuild
+from ..model.tensor_parallel import TensorParallel
 from ..optim.adamw import AdamW
 from ..quant.blockwise import quantize_array
 from ..quant.codes import code
@@ -117,22 +120,32 @@ class OurOptimizer(Contender):
 
 
 class OurGenerate(Contender):
-    """Greedy tokens with a key-value cache."""
+    """Greedy tokens with a key-value cache, by as many processes as threads were asked for."""
 
     def build(self) -> None:
-        self.model, self.prompts = for_decoding(self.start), prompts(self.job)
+        threads, self.prompts = self.job.threads, prompts(self.job).tolist()
         self.resources = ExitStack()
         self.resources.enter_context(rules_of(self.job))
-        self.working = expect_threads(self.job.threads, 1)
+        if in_processes(self.job):
+            parallel = self.resources.enter_context(TensorParallel(self.start, threads))
+            self.generate = partial(parallel.run, generate)
+        else:
+            self.generate = partial(generate, for_decoding(self.start))
+        self.working = expect_threads(threads, threads if in_processes(self.job) else 1)
 
     def step(self) -> None:
-        self.made = generate(self.model, self.prompts.tolist(), self.job.new_tokens)
+        self.made = self.generate(self.prompts, self.job.new_tokens)
 
     def value(self) -> list[float]:
         return [float(token) for row in self.made for token in row]
 
     def close(self) -> None:
         self.resources.close()
+
+
+def in_processes(job: Job) -> bool:
+    """Are tokens written by several processes, rather than by BLAS on several threads?"""
+    return can_fork() and job.threads > 1 and job.contender == "minilora"
 
 
 def all_weights(job: Job) -> np.ndarray:

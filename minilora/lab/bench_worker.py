@@ -78,9 +78,12 @@ class Worker:
 
 
 def blas_threads(job: Job) -> int:
-    """Threads inside a matrix product: all of them, but where our shards are the threads."""
-    whole = is_theirs(job) or job.contender == "blas" or job.kind == "generate"
-    return job.threads if whole else 1
+    """Threads inside a matrix product: all of them, but where there are as many of our shards, or
+    processes that write tokens."""
+    from .bench_ours import in_processes
+
+    whole = job.contender == "blas" or (job.kind == "generate" and not in_processes(job))
+    return job.threads if whole or is_theirs(job) else 1
 
 
 def is_theirs(job: Job) -> bool:

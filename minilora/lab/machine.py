@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from ..train.forked import copies
+from ..engine.forked import copies
 
 
 class Load:

@@ -55,9 +55,9 @@ class KVCache:
             raise MiniloraError(
                 f"cache: expected at most {config.context} positions, found {length}"
             )
-        shape = (batch, length, config.kv, config.head_width)
-        xp = xp_of(table)
-        self.layers = [LayerCache(xp, shape, table.dtype) for _ in range(config.layers)]
+        xp, dtype, D = xp_of(table), table.dtype, config.head_width
+        heads = [block.attention.key_heads for block in model.blocks]  # here: maybe not all of them
+        self.layers = [LayerCache(xp, (batch, length, K, D), dtype) for K in heads]
 
     def reach(self, stop: int) -> None:
         """From now on no row has a token at `stop` or beyond, and nobody need look there."""

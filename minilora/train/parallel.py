@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from ..engine.backend import xp_of
+from ..engine.forked import Forked, can_fork, shared_zeros
 from ..engine.rules import only_reference
 from ..engine.workers import Pool, working
 from ..model.module import freeze
 from ..optim.flat import Flat
 from .data import Batch, Data
-from .forked import Forked, can_fork, shared_zeros
 
 Loss = Callable[[Any, Batch, np.random.Generator], Any]
 
@@ -152,7 +152,7 @@ class Shards:
             raise
         return [values[job % self.workers][job // self.workers] for job in range(len(jobs))]
 
-    def follow(self) -> None:
+    def follow(self, copy: int) -> None:
         """In a copy: the Parameters are views of the weights that are shared, not of its own."""
         for path, view in self.flat.cut(self.weights).items():
             self.flat.named[path].data = view

@@ -6,11 +6,12 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from ..engine.errors import MiniloraError
+from .errors import MiniloraError
 
 NAME = "a copy forked by minilora"
 
@@ -44,12 +45,13 @@ class Forked:
     """`count` copies of this process that wait to call `function`.  Use as a context manager.
 
     A copy has everything as it was when it was made, and shared arrays as they are; what it
-    changes elsewhere stays with it.  It calls `begin` first, and ends when this process does.
+    changes elsewhere stays with it.  It calls `begin` with its number first, and ends when this
+    process does.
     Errors: `MiniloraError` from `result` if a copy died; else what `function` raised there.
     """
 
     def __init__(
-        self, count: int, function: Callable, begin: Callable[[], Any] = lambda: None
+        self, count: int, function: Callable, begin: Callable[[int], Any] = lambda copy: None
     ) -> None:
         from multiprocessing import get_context
 
@@ -57,11 +59,11 @@ class Forked:
         self.pipes: list[Any] = []
         self.processes: list[Any] = []
         try:
-            for _ in range(count):
+            for copy in range(count):
                 ours, theirs = fork.Pipe()
                 process = fork.Process(
                     target=answer,
-                    args=(theirs, (*self.pipes, ours), begin, function),
+                    args=(theirs, (*self.pipes, ours), partial(begin, copy), function),
                     name=NAME,
                     daemon=True,
                 )
@@ -105,8 +107,17 @@ class Forked:
         process = self.processes[copy]
         process.join(timeout=5)
         return MiniloraError(
-            f"process {process.pid}, forked to compute a shard, ended with {process.exitcode}"
+            f"process {process.pid}, forked to share the work, ended with {process.exitcode}"
         )
+
+    def expect_at_work(self) -> None:
+        """Errors: `MiniloraError` if a copy died or has nothing more to do, or what it raised."""
+        for copy, (process, pipe) in enumerate(zip(self.processes, self.pipes, strict=True)):
+            if pipe.poll():
+                self.result(copy)
+                raise MiniloraError(f"process {process.pid} ended its work before the others")
+            if not process.is_alive():
+                raise self.death(copy)
 
     def __enter__(self) -> "Forked":
         return self
