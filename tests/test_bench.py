@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from minilora import MiniloraError, freeze
+from minilora.engine.forked import can_fork
 from minilora.lab import bench, bench_primitives, bench_worker
 from minilora.lab.bench_ours import OurOptimizer, contender, expect_threads, sums
 from minilora.lab.bench_report import bench_figure, bench_report, how, speedups, why

@@ -167,8 +167,19 @@ def test_what_it_says_of_the_speed_of_writing_of_codes_and_of_the_real_model():
     assert "written at {}, {}, {} and {} times torch's speed at S0 to S3".format(*one) in flat
     assert "eight at {}, {}, {} and {} times (".format(*eight) in flat
     one, eight = (speed("generate_intel", batch) for batch in (1, 8))
-    assert "machine it is {}, {}, {} and {} times for one sequence".format(*one) in flat
-    assert "and {}, {}, {} and {} for eight (".format(*eight) in flat
+    assert "it is {}, {}, {} and {} times for one sequence and".format(*one) in flat
+    assert "and {}, {}, {} and {} for eight. One process".format(*eight) in flat
+    single = {
+        case["title"]: row["ratio"]
+        for case in bench_record("generate_intel")["cases"]
+        for row in case["rows"]
+        if row["contender"] == "blas"
+    }
+    assert all(abs(1 - single[f"S{i} full, batch 1"]) < 0.06 for i in (1, 2, 3))
+    assert f"two take {single['S0 full, batch 1']:.2f} of its time there" in flat
+    assert f"{single['S0 full, batch 8']:.2f} with eight sequences" in flat
+    wide = [single[f"S{i} full, batch 8"] for i in (1, 2, 3)]
+    assert f"{min(wide):.2f} to {max(wide):.2f} of it with eight at S1 to S3" in flat
     codes = [row["ratio"] for case in bench_record("quantize")["cases"] for row in case["rows"]
              if row["contender"] == "bnb"]  # fmt: skip
     assert len(codes) == 4
