@@ -3,6 +3,7 @@
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from itertools import pairwise
 from types import SimpleNamespace
 
 import golden_quant as golden
@@ -14,7 +15,8 @@ from hypothesis.extra import numpy as hnp
 
 from minilora.engine.errors import MiniloraError, QuantError
 from minilora.engine.rules import reference_rules
-from minilora.fast import cpu_quant  # noqa: F401  (registers the fast rules)
+from minilora.engine.workers import at_work, threads
+from minilora.fast import cpu_quant
 from minilora.model.module import to_device, walk
 from minilora.quant.blockwise import (
     BLOCKS,
@@ -234,6 +236,29 @@ def test_threads_give_the_same_bytes(dev, host):
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda w: host(quantize_array(dev(w)).packed).tobytes(), ws))
     assert together == alone
+
+
+@pytest.mark.parametrize("size", [0, 5, 64 * 1024, 300_001, 3 << 18])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_each_thread_has_as_many_chunks(count, size):
+    """A chunk begins where a block of any size does, and is no longer than a chunk for one."""
+    with threads(count):
+        assert at_work() == count
+        parts = list(cpu_quant.chunks(size))
+    assert [0, *(part.stop for part in parts)][-1] >= size
+    assert all(a.stop == b.start for a, b in pairwise(parts))
+    for part in parts:
+        assert part.start % max(BLOCKS) == 0
+        assert part.stop - part.start <= cpu_quant.CHUNK
+    if size >= 300_001:
+        assert len(parts) % count == 0
+    w = normal(size + 1)
+    alone = quantize_array(w)
+    with threads(count):
+        spread = quantize_array(w)
+        assert spread.packed.tobytes() == alone.packed.tobytes()
+        assert spread.scales.tobytes() == alone.scales.tobytes()
+        assert spread.dense().tobytes() == alone.dense().tobytes()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])

@@ -40,6 +40,7 @@ MORE = (
     "step_even",
     "step_wide",
     "generate_intel",
+    "quantize_intel",
 )
 DRAWN |= {f"bench_{name}": (f"bench_{name}", bench_figure) for name in MORE}
 PICTURES = sorted(path.stem for path in FIGURES.glob("*.png"))

@@ -180,10 +180,11 @@ def test_what_it_says_of_the_speed_of_writing_of_codes_and_of_the_real_model():
     assert f"{single['S0 full, batch 8']:.2f} with eight sequences" in flat
     wide = [single[f"S{i} full, batch 8"] for i in (1, 2, 3)]
     assert f"{min(wide):.2f} to {max(wide):.2f} of it with eight at S1 to S3" in flat
-    codes = [row["ratio"] for case in bench_record("quantize")["cases"] for row in case["rows"]
-             if row["contender"] == "bnb"]  # fmt: skip
-    assert len(codes) == 4
-    assert f"in {min(codes):.2f} to {max(codes):.2f} of bitsandbytes' time" in flat
+    for name, words in (("quantize", "of bitsandbytes' time"), ("quantize_intel", "(`figures/")):
+        codes = [row["ratio"] for case in bench_record(name)["cases"] for row in case["rows"]
+                 if row["contender"] == "bnb"]  # fmt: skip
+        assert len(codes) == 4
+        assert f"in {min(codes):.2f} to {max(codes):.2f} {words}" in flat
     (step,), (memory,) = raced("step_smollm2", "torch"), raced("memory_smollm2", "torch")
     assert (
         f"takes {step['ratio']:.2f} of the time of torch and PEFT at "

@@ -37,6 +37,12 @@ def threads(count: int) -> Iterator[None]:
         yield
 
 
+def at_work() -> int:
+    """How many threads `spread` uses here."""
+    pool = _pool.get()
+    return 1 if pool is None else pool.threads
+
+
 def spread(function: Callable[[Any], Any], parts: Iterable) -> list:
     """`[function(part) for part in parts]`, a stretch of parts for each thread of the pool.
 

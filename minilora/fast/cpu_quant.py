@@ -7,8 +7,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from ..engine.workers import spread
+from ..engine.workers import at_work, spread
 from ..quant.blockwise import (
+    BLOCKS,
     block_scales,
     dequantize_blocks,
     expect_floating,
@@ -22,6 +23,16 @@ from ..quant.codes import Code
 from .cpu import arena, blocks
 
 CHUNK = 1 << 18  # a multiple of every block size; calls so long that two threads make them at once
+LONGEST = max(BLOCKS)
+
+
+def chunks(size):
+    """As many and as long for every thread, so that none is left with the last alone."""
+    threads = at_work()
+    if threads == 1:
+        return blocks(size, CHUNK)
+    count = threads * -(-size // (threads * CHUNK))
+    return blocks(size, -(-size // (count * LONGEST)) * LONGEST if count else CHUNK)
 
 
 @quantize_blocks.on("numpy")
@@ -57,7 +68,7 @@ def _(xp, w, *, code, block=64):
         packed[part.start // lanes :][: x.size // lanes] = stored if lanes == 1 else joined(stored)
         return True
 
-    if not all(spread(store, blocks(whole, CHUNK))):
+    if not all(spread(store, chunks(whole))):
         return NotImplemented  # the specification finds the first bad weight
     return packed, scales
 
@@ -150,7 +161,7 @@ def _(xp, packed, scales, *, code, block=64, out):
         if y is not x:
             x[:] = y
 
-    spread(restore, blocks(whole, CHUNK))
+    spread(restore, chunks(whole))
     if whole < n:
         dequantize_blocks.specification(
             np, packed[whole // lanes :], scales[whole // block :],
