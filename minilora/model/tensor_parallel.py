@@ -57,8 +57,9 @@ class TensorParallel:
 
     calls `generate(part, prompts, 32)` in each of them on its own part of the model, and returns
     what it returned here.  The function must do the same with the same numbers everywhere, as
-    does all that draws from seeds.  A copy has all as it was when the first call was made.  Sums
-    are added in another order than by one process: to rounding, the numbers are the model's.
+    does all that draws from seeds, and the weights must stay as they are.  A copy has all as it
+    was when that function was first called, or called again after another.  Sums are added in
+    another order than by one process: to rounding, the numbers are the model's.
     Use as a context manager: BLAS has one thread in each process meanwhile.
     Errors: `MiniloraError` for a model with other layers than Linears (merge adapters, dequantize
     codes first) or fewer key heads than workers, and where nothing can be forked.
@@ -67,9 +68,8 @@ class TensorParallel:
     def __init__(self, model: Any, workers: int):
         expect_parts(model, workers)
         self.whole, self.workers = freeze(model), workers
-        self.team = Team(
-            workers, max(SLOT, 8 * -(-model.config.vocab // workers))
-        )  # a row's logits
+        logits = 8 * -(-model.config.vocab // workers)  # bytes of a row's, at most
+        self.team = Team(workers, max(SLOT, logits))
         self.resources = ExitStack()
         self.copies: Forked | None = None
         self.part: Any = None
