@@ -238,6 +238,8 @@ def test_threads_are_asserted(monkeypatch):
 def test_the_width_of_a_product_in_each_worker(contender, kind, width):
     if width is None:  # a process for each thread, where there can be some
         width = 1 if can_fork() else 2
+        many = Job(contender, SHAPES["S0"], kind=kind, threads=8)
+        assert blas_threads(many) == 8  # of four heads
     assert blas_threads(Job(contender, SHAPES["S0"], kind=kind, threads=2)) == width
 
 

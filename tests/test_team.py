@@ -13,7 +13,7 @@ from minilora.engine.forked import Forked
 from minilora.engine.rules import reference_rules
 from minilora.engine.team import Team, all_gather, all_reduce
 
-pytestmark = pytest.mark.usefixtures("where_it_forks")
+pytestmark = pytest.mark.usefixtures("where_it_forks", "in_a_minute")
 
 
 def in_step(size, function, slot=1 << 20):
@@ -23,8 +23,8 @@ def in_step(size, function, slot=1 << 20):
     with Forked(size - 1, lambda: function(team), lambda copy: team.begin(copy + 1)) as copies:
         for copy in range(size - 1):
             copies.ask(copy)
-        team.watch = copies.expect_at_work
-        return [function(team), *(copies.result(copy) for copy in range(size - 1))]
+        team.watch = lambda rank: copies.left(rank - 1)
+        return [function(team), *copies.results()]
 
 
 def of(rank, shape, dtype):
@@ -102,6 +102,42 @@ def test_nobody_waits_for_one_that_does_not_come(way):
     error = ZeroDivisionError if way == "raises" else MiniloraError
     with pytest.raises(error, match={"dies": "ended with 3", "raises": "alone"}.get(way, "ended")):
         in_step(3, leave)
+
+
+def test_who_came_and_left_has_come():
+    """It may do both after the waiting has timed out, before anybody asks where it is."""
+    team = Team(2)
+    team.gather()
+
+    def come_late():
+        time.sleep(1.2)
+        team.meet()
+
+    with Forked(1, come_late, lambda copy: team.begin(1)) as copies:
+
+        def asked_late(rank):
+            time.sleep(0.7)
+            return copies.left(rank - 1)
+
+        team.watch = asked_late
+        copies.ask(0)
+        team.meet()
+        assert copies.results() == [None]
+
+
+def test_one_death_ends_the_wait_for_the_answer_of_another():
+    """Rank 2 has come for rank 0, and dies before it does for rank 1."""
+
+    def die_between(team):
+        if team.rank == 2:
+            team.come[0]()
+            os._exit(5)
+        team.meet()
+
+    with pytest.raises(MiniloraError, match="ended with 5"):
+        in_step(3, die_between)
+    with pytest.raises(MiniloraError, match="ended with 5"):
+        in_step(3, lambda team: [die_between(team), team.meet()])
 
 
 def test_copies_that_wait_end_with_the_process_that_made_them():

@@ -13,17 +13,18 @@ from test_transformer import SHAPE, built, every_style, some_ids
 from minilora.engine.errors import MiniloraError, NumericsError
 from minilora.engine.forked import copies
 from minilora.engine.rules import reference_rules
-from minilora.engine.team import Team
-from minilora.engine.tensor import Tensor
+from minilora.engine.team import SLOT, Team
+from minilora.engine.tensor import Parameter, Tensor
+from minilora.engine.workers import spread, threads
 from minilora.lora.lora import adapt
 from minilora.model import tensor_parallel
 from minilora.model.generate import each_token, generate
 from minilora.model.layers import Linear
-from minilora.model.module import freeze, rebuild, tensors
+from minilora.model.module import freeze, parameters, rebuild, tensors
 from minilora.model.tensor_parallel import TensorParallel, part_of
 from minilora.model.transformer import TransformerConfig, init_transformer
 
-pytestmark = pytest.mark.usefixtures("where_it_forks")
+pytestmark = pytest.mark.usefixtures("where_it_forks", "in_a_minute")
 PROMPTS = [some_ids((1, n), seed=n)[0].tolist() for n in (3, 9, 5)]
 
 
@@ -57,8 +58,12 @@ def test_the_parts_give_the_logits_and_the_tokens_of_the_whole(style, workers):
             assert parallel.run(generate, PROMPTS, 12, **options) == generate(
                 model, PROMPTS, 12, **options
             )
+        before = {process.pid for process in copies()}
         with reference_rules():
             assert parallel.run(generate, PROMPTS, 6) == generate(model, PROMPTS, 6)
+            now = {process.pid for process in copies()}
+        assert len(now) == workers - 1
+        assert not now & before  # those there were run the fast rules
     assert not copies()
 
 
@@ -172,18 +177,66 @@ def test_a_copy_that_fails_alone_is_noticed(function, error, words):
 def never_comes(part, parent):
     if os.getpid() != parent:
         time.sleep(600)
+    threading.Timer(0.3, os.kill, (parent, signal.SIGINT)).start()
     return generate(part, PROMPTS, 2)
 
 
 def test_ctrl_c_ends_a_wait():
     with TensorParallel(whole("gpt2"), 2) as parallel:
         parallel.run(generate, PROMPTS, 2)
-        timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
         with pytest.raises(KeyboardInterrupt):
             parallel.run(never_comes, os.getpid())
-        timer.join()
         assert not copies()
+
+
+def test_a_vocabulary_larger_than_what_is_handed_over_at_a_time():
+    """Not a row of logits fits."""
+    V = 2 * SLOT // 8 + 2
+    config = TransformerConfig(vocab=V, width=4, layers=1, heads=2, hidden=4, context=8)
+    model = freeze(init_transformer(config, np.random.default_rng(0), 0.3))
+    model = rebuild(
+        model, lambda _, n: Tensor(n.data.astype(np.float64)) if isinstance(n, Tensor) else n
+    )
+    ids = np.array([[V - 1, 0, 5]])
+    with TensorParallel(model, 2) as parallel:
+        np.testing.assert_allclose(parallel.run(logits, ids), model(ids).data, rtol=0, atol=1e-12)
+
+
+def spread_out(part):
+    return spread(lambda number: number + 1, range(4))
+
+
+def test_threads_of_the_asker_are_not_waited_for():
+    with TensorParallel(whole("gpt2"), 2) as parallel, threads(2):
+        assert spread(lambda number: number, range(4)) == [0, 1, 2, 3]
+        assert parallel.run(spread_out) == [1, 2, 3, 4]
+
+
+def test_what_it_is_not_made_for_is_refused():
+    model = whole("gpt2")
+    with TensorParallel(model, 2) as parallel:
+        with pytest.raises(MiniloraError, match="once at a time"):
+            parallel.__enter__()
+        with pytest.raises(MiniloraError, match="found an iterator: stream"):
+            parallel.run(each_token, PROMPTS, 3)
+        x = Parameter(np.ones((1, 2, SHAPE["width"]), np.float32))
+        with pytest.raises(MiniloraError, match="wants no gradient"):
+            parallel.part.blocks[0](x)
+        stream = parallel.stream(each_token, PROMPTS, 5)
+        next(stream)
+    with pytest.raises(MiniloraError, match="the processes gone"):
+        next(stream)
+    assert not copies()
+
+
+def test_weights_changed_before_it_is_entered_are_those_of_all_parts():
+    model = built("gpt2")
+    parallel = TensorParallel(model, 2)
+    for parameter in parameters(model).values():
+        parameter.data *= 1.5
+    with parallel:
+        found = parallel.run(logits, some_ids())
+    np.testing.assert_allclose(found, model(some_ids()).data, rtol=0, atol=2e-4)
 
 
 def test_what_cannot_be_cut_is_refused(monkeypatch):
@@ -193,6 +246,10 @@ def test_what_cannot_be_cut_is_refused(monkeypatch):
             TensorParallel(model, workers)
     with pytest.raises(MiniloraError, match="expected a Transformer, found Linear"):
         TensorParallel(Linear(Tensor(np.ones((2, 2), np.float32))), 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(tensor_parallel, "xp_of", lambda array: None)
+        with pytest.raises(MiniloraError, match="found one on a card"):
+            TensorParallel(model, 2)
     with monkeypatch.context() as patch:
         patch.setattr(tensor_parallel, "can_fork", lambda: False)
         with pytest.raises(MiniloraError, match="expected Linux"):

@@ -13,8 +13,9 @@ def library() -> Any:
         from threadpoolctl import ThreadpoolController
     except ImportError:
         return None
-    found = ThreadpoolController().lib_controllers
-    return next((one for one in found if one.user_api == "blas"), None)
+    found = [one for one in ThreadpoolController().lib_controllers if one.user_api == "blas"]
+    found.sort(key=lambda one: "numpy" not in one.filepath)  # SciPy may have brought its own
+    return found[0] if found else None
 
 
 @cache

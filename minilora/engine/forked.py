@@ -7,7 +7,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -83,7 +83,7 @@ class Forked:
         """Have a copy call `function(*arguments)`."""
         try:
             self.pipes[copy].send(arguments)
-        except OSError:
+        except ConnectionError:
             raise self.death(copy) from None
 
     def result(self, copy: int) -> Any:
@@ -91,7 +91,7 @@ class Forked:
         pipe = self.pipes[copy]
         try:
             value, words = pipe.recv()
-        except (EOFError, OSError):
+        except (EOFError, ConnectionError):
             raise self.death(copy) from None
         if words is None:
             return value
@@ -110,14 +110,29 @@ class Forked:
             f"process {process.pid}, forked to share the work, ended with {process.exitcode}"
         )
 
-    def expect_at_work(self) -> None:
-        """Errors: `MiniloraError` if a copy died or has nothing more to do, or what it raised."""
-        for copy, (process, pipe) in enumerate(zip(self.processes, self.pipes, strict=True)):
-            if pipe.poll():
-                self.result(copy)
-                raise MiniloraError(f"process {process.pid} ended its work before the others")
+    def results(self) -> list:
+        """Of all copies, each asked once; an error is raised as soon as it is there."""
+        from multiprocessing.connection import wait
+
+        found: dict[Any, Any] = {}
+        while len(found) < len(self.pipes):
+            for pipe in wait([pipe for pipe in self.pipes if pipe not in found]):
+                found[pipe] = self.result(self.pipes.index(pipe))
+        return [found[pipe] for pipe in self.pipes]
+
+    def left(self, copy: int) -> Callable[[], NoReturn] | None:
+        """If that copy has answered or any has died, a function that raises why."""
+        if self.pipes[copy].poll():
+            return partial(self.expect_none, copy)
+        for other, process in enumerate(self.processes):
             if not process.is_alive():
-                raise self.death(copy)
+                return partial(self.expect_none, other)
+        return None
+
+    def expect_none(self, copy: int) -> NoReturn:
+        """Raise what the copy raised, or `MiniloraError`: it ended too early."""
+        self.result(copy)
+        raise MiniloraError(f"process {self.processes[copy].pid} ended its work before the others")
 
     def __enter__(self) -> "Forked":
         return self

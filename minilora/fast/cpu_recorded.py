@@ -43,15 +43,7 @@ def _(y, *, team):
     n, shape = y.size, y.shape
     if len(team.cuts(n, y.itemsize)) != 1:
         return NotImplemented
-
-    def run(y):
-        shares = team.exchange(y.reshape(n))
-        total = shares[0, :n].copy()
-        for share in shares[1:]:
-            total += share[:n]
-        return total.reshape(shape)
-
-    return run
+    return lambda y: team.added(y.reshape(n)).reshape(shape)
 
 
 @embedding.prepared_on("numpy")

@@ -145,7 +145,8 @@ class OurGenerate(Contender):
 
 def in_processes(job: Job) -> bool:
     """Are tokens written by several processes, rather than by BLAS on several threads?"""
-    return can_fork() and job.threads > 1 and job.contender == "minilora"
+    enough = 1 < job.threads <= job.shape.model.kv
+    return enough and can_fork() and job.contender == "minilora"
 
 
 def all_weights(job: Job) -> np.ndarray:

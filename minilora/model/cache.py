@@ -56,7 +56,7 @@ class KVCache:
                 f"cache: expected at most {config.context} positions, found {length}"
             )
         xp, dtype, D = xp_of(table), table.dtype, config.head_width
-        heads = [block.attention.key_heads for block in model.blocks]  # here: maybe not all of them
+        heads = [block.attention.key_heads for block in model.blocks]  # those of this process
         self.layers = [LayerCache(xp, (batch, length, K, D), dtype) for K in heads]
 
     def reach(self, stop: int) -> None:

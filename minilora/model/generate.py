@@ -143,15 +143,15 @@ def each_token(
 
 
 def for_decoding(model: Any) -> Any:
-    """The frozen model with each Linear's weight stored along its longer side, as own arrays.
+    """The frozen model with each Linear's weight in its `decoding_order`, as own arrays.
 
     The same numbers in the order in which a product with few rows reads them: memory is read
     fastest in long stretches.  Column by column, y = x Wᵀ sums columns of W scaled by x; row by
     row, each y is a product of two vectors.  OpenBLAS has slow kernels for 8 or 16 rows against
-    short rows of W: this way it took a half to a quarter of the time there.  One row against the
-    wide weight at the end of an MLP took 0.6 to 1.0 of the time row by row.  It costs a copy of
-    the weights; a weight in codes stays as it is (`dequantize` first, where memory allows), and
-    so does a tree on a GPU.
+    short rows of W: along its longer side it took a half to a quarter of the time there.  One
+    row against the wide weight at the end of an MLP took 0.6 to 1.0 of the time row by row.  It
+    costs a copy of the weights; a weight in codes stays as it is (`dequantize` first, where
+    memory allows), and so does a tree on a GPU.
     """
 
     def convert(path: str, node: Any) -> Any:

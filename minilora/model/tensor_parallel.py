@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from ..engine.forked import Forked, can_fork
 from ..engine.rules import only_reference, wide
 from ..engine.team import SLOT, Team, all_gather, all_reduce
 from ..engine.tensor import Tensor
+from ..engine.workers import working
 from .generate import decoding_order
 from .layers import MLP, GatedMLP, Linear, Rng
 from .module import freeze, module, rebuild
@@ -34,7 +35,7 @@ class SummedLinear:
     team: Team
 
     def __call__(self, x: Tensor, rng: Rng | None = None) -> Tensor:
-        return Tensor(all_reduce(self.part(x).data, team=self.team))
+        return Tensor(all_reduce(frozen(self.part(x)), team=self.team))
 
 
 @module
@@ -46,7 +47,14 @@ class GatheredLinear:
     team: Team
 
     def __call__(self, x: Tensor, rng: Rng | None = None) -> Tensor:
-        return Tensor(all_gather(self.part(x).data, team=self.team, widths=self.widths))
+        return Tensor(all_gather(frozen(self.part(x)), team=self.team, widths=self.widths))
+
+
+def frozen(y: Tensor) -> np.ndarray:
+    """Its array.  Errors: `MiniloraError` where a gradient would end here."""
+    if y.target is not None:
+        raise MiniloraError("tensor parallel: expected an input that wants no gradient")
+    return y.data
 
 
 class TensorParallel:
@@ -57,10 +65,10 @@ class TensorParallel:
 
     calls `generate(part, prompts, 32)` in each of them on its own part of the model, and returns
     what it returned here.  The function must do the same with the same numbers everywhere, as
-    does all that draws from seeds, and the weights must stay as they are.  A copy has all as it
-    was when that function was first called, or called again after another.  Sums are added in
+    does all that draws from seeds.  The weights must stay as they are inside `with`, and a copy
+    has all else as it was when it was made, at the first call of a function.  Sums are added in
     another order than by one process: to rounding, the numbers are the model's.
-    Use as a context manager: BLAS has one thread in each process meanwhile.
+    Use as a context manager: BLAS has one thread in each of several processes meanwhile.
     Errors: `MiniloraError` for a model with other layers than Linears (merge adapters, dequantize
     codes first) or fewer key heads than workers, and where nothing can be forked.
     """
@@ -72,10 +80,13 @@ class TensorParallel:
         self.team = Team(workers, max(SLOT, logits))
         self.resources = ExitStack()
         self.copies: Forked | None = None
+        self.made_for: Any = None  # the function that copies call, and by which rules
         self.part: Any = None
         self.at_work = False
 
     def __enter__(self) -> "TensorParallel":
+        if self.part is not None:
+            raise MiniloraError("tensor parallel: expected to be entered once at a time")
         with ExitStack() as stack:
             if self.workers > 1:
                 from threadpoolctl import threadpool_limits
@@ -93,9 +104,13 @@ class TensorParallel:
             self.resources.close()
 
     def run(self, function: Callable, *arguments: Any, **options: Any) -> Any:
-        """`function(part, *arguments, **options)` in all processes."""
+        """`function(part, *arguments, **options)` in all processes, to which the arguments are
+        sent; what the function returned in this one."""
         with self.together(function, arguments, options):
-            return function(self.part, *arguments, **options)
+            value = function(self.part, *arguments, **options)
+            if isinstance(value, Iterator):
+                raise MiniloraError("tensor parallel: expected a value, found an iterator: stream")
+            return value
 
     def stream(self, function: Callable, *arguments: Any, **options: Any) -> Iterator:
         """What `function` gives piece by piece, as `each_token` does.  Who stops asking stops
@@ -118,8 +133,8 @@ class TensorParallel:
             for copy in others:
                 self.copies.ask(copy, arguments, options)
             yield
-            for copy in others:
-                self.copies.result(copy)
+            if others:
+                self.copies.results()
         except BaseException:  # they may wait for one that does not come any more
             self.let_go()
             raise
@@ -132,27 +147,33 @@ class TensorParallel:
         if self.copies is None or self.made_for != made_for:
             self.let_go()
             self.made_for = made_for
+            self.part = part_of(self.whole, self.team)  # as theirs
             self.team.gather()
-            follow = partial(self.follow, function)
-            self.copies = Forked(self.workers - 1, follow, self.begin)
-            self.team.watch = self.copies.expect_at_work
+            self.copies = Forked(self.workers - 1, partial(self.follow, function), self.begin)
+            self.team.watch = lambda rank: self.copies.left(rank - 1)
 
     def begin(self, copy: int) -> None:
-        """In a copy: its own part, of the weights as they are now."""
+        """In a copy: its own part."""
         self.team.begin(copy + 1)
         self.part = part_of(self.whole, self.team)
 
     def follow(self, function: Callable, arguments: tuple, options: dict) -> None:
-        """In a copy: the same call.  What it returns is what it returned to the asker."""
-        value = function(self.part, *arguments, **options)
-        if isinstance(value, Iterator):
-            for _ in value:
-                pass
+        """In a copy: the same call, to its end.  The asker has what it gives already."""
+        with working(None):  # threads are not copied
+            value = function(self.part, *arguments, **options)
+            if isinstance(value, Iterator):
+                for _ in value:
+                    pass
 
     def let_go(self) -> None:
         copies, self.copies = self.copies, None
+        self.team.watch = lambda rank: nobody_is_left
         if copies is not None:
             copies.close()
+
+
+def nobody_is_left() -> NoReturn:
+    raise MiniloraError("tensor parallel: expected to be inside `with`, found the processes gone")
 
 
 def expect_parts(model: Any, workers: int) -> None:
@@ -170,7 +191,7 @@ def expect_parts(model: Any, workers: int) -> None:
             f"found {workers} for {model.config.kv}"
         )
     if workers > 1 and not can_fork():
-        raise MiniloraError(f"{name}: expected Linux, where processes can be forked")
+        raise MiniloraError(f"{name}: expected Linux, and a process that may fork others")
     if workers > 1:
         try:
             import threadpoolctl  # noqa: F401
