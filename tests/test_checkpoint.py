@@ -111,7 +111,7 @@ def test_an_early_stop_is_not_trained_past(tmp_path, device):
     options = {"validation": data(seed=5), "every": 1, "patience": 1, "steps": 40}
     first, _ = run(device, tmp_path / "c", **options)
     again, _ = run(device, tmp_path / "c", resume=True, **options)
-    assert first.stopped == "early"
+    assert first.stopped == again.stopped == "early"
     assert again.steps == first.steps
 
 

@@ -15,6 +15,7 @@ from minilora.files.huggingface import read_huggingface, save_huggingface
 from minilora.files.peft import load_adapter, save_adapter
 from minilora.lab import finetune as lab
 from minilora.lab.inspect_adapter import effective_rank, inspect_adapter
+from minilora.lab.perplexity import above
 from minilora.lab.report import size
 from minilora.lora.lora import merge
 from minilora.model.generate import each_token, generate
@@ -143,7 +144,7 @@ def test_shards_learn_the_same_and_what_they_hold_is_counted(tmp_path, capsys, p
 
 def test_interrupted_and_resumed_is_the_run_never_interrupted(tmp_path, capsys, place, monkeypatch):
     finetuned(capsys, place, tmp_path / "whole")
-    plain, calls = lab.loss, [0]
+    plain, calls = lab.token_loss, [0]
 
     def pressing(model, batch, rng):
         calls[0] += rng is not None
@@ -151,7 +152,7 @@ def test_interrupted_and_resumed_is_the_run_never_interrupted(tmp_path, capsys, 
             signal.raise_signal(signal.SIGINT)
         return plain(model, batch, rng)
 
-    monkeypatch.setattr(lab, "loss", pressing)
+    monkeypatch.setattr(lab, "token_loss", pressing)
     code, told, _ = finetuned(capsys, place, tmp_path / "out")
     monkeypatch.undo()
     assert code == 130
@@ -322,6 +323,11 @@ def test_perplexity(tmp_path, capsys, place, adapter):
     first = record["rows"][0]
     assert first["perplexity"] == pytest.approx(np.exp(first["loss"]))
     assert record["rows"][1]["bytes"] < first["bytes"]
+    assert (first["above"], first["error"]) == (0, 0)
+    for row in record["rows"][1:]:
+        assert row["above"] == pytest.approx(row["loss"] - first["loss"], abs=1e-6)
+        assert row["error"] > 0
+        assert f"{row['above']:.4f} ± {row['error']:.4f}" in told
     assert (tmp_path / "perplexity.png").stat().st_size > 1000
     adapted = command(capsys, *common, "--adapter", adapter, "--json")[1]
     assert json.loads(adapted)["rows"][0]["loss"] != first["loss"]
@@ -330,6 +336,16 @@ def test_perplexity(tmp_path, capsys, place, adapter):
         code, _, error = command(capsys, *common, *more)
         assert code == 2
         assert message in error
+
+
+def test_the_standard_error_of_a_weighted_mean():
+    d = np.array([1.0, 2.0, 4.0, 9.0])
+    found = above(d, np.full(4, 0.25))
+    assert found["above"] == 4
+    assert found["error"] == pytest.approx(np.std(d, ddof=1) / 2)
+    twice = above(np.array([1.0, 3.0]), np.array([0.75, 0.25]))  # mean 1.5: 2 (9/16 1/4 + 1/16 9/4)
+    assert twice == {"above": 1.5, "error": pytest.approx(0.75)}
+    assert above(np.ones(1), np.ones(1)) == {"above": 1, "error": None}
 
 
 def test_an_adapter_of_another_base_is_told(place, adapter):

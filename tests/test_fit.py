@@ -258,6 +258,8 @@ def test_data_counts_what_is_scored(device):
     assert d.take(np.array([2, 1]), device)[1] == 2
     assert len(d.first(2)) == 2
     assert Data({"x": np.zeros((4, 2))}).scored.tolist() == [1] * 4
+    classes = Data({"x": np.zeros((3, 2)), "targets": np.array([1, IGNORE, 0])})
+    assert classes.scored.tolist() == [1, 0, 1]
     for bad in ({"a": np.zeros(2), "b": np.zeros(3)}, {"a": np.zeros(0)}):
         with pytest.raises(MiniloraError, match="Data: expected"):
             Data(bad)

@@ -12,7 +12,7 @@ from engine_meter import weighed
 from minilora import MiniloraError, TransformerConfig, count, init_transformer
 from minilora.cli import main
 from minilora.engine.backend import is_array
-from minilora.fast.cpu import arena
+from minilora.fast.cpu import LEAST, arena
 from minilora.lab.activations import transient_peak
 from minilora.lab.bench_shapes import SHAPES
 from minilora.lab.ledger import counted, ledger, start
@@ -102,6 +102,17 @@ def test_scratch_is_bounded_by_the_largest_weight_not_by_how_many(method):
         scratch[layers] = counted(setting)["scratch"]
         assert scratch[layers] <= sum(ledger(setting)["scratch"].values())
     assert scratch[2] == scratch[6] > 0
+
+
+@pytest.mark.parametrize("length", [LEAST - 1, LEAST])
+def test_few_tokens_need_no_dense_weight(length):
+    """An adapter's fast rule leaves them to the specification."""
+    setting = Setting(STYLES["gpt2"], "lora", batch=1, length=length, optimizer="sgd")
+    found = ledger(setting)["scratch"]["dense weight and change"]
+    assert (found > 0) == (length == LEAST)
+    arena.buffers.clear()
+    counted(setting)
+    assert any("lora weight" in key for key in arena.buffers) == (length == LEAST)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw8bit"])

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from minilora import SGD, AdamW, MiniloraError, Parameter, Tensor, module, schedule, to_device
 from minilora.engine.errors import CheckpointError
 from minilora.engine.rules import reference_rules
+from minilora.optim.adam8bit import AdamW8bit
 from minilora.optim.adamw import adamw_update
 from minilora.optim.flat import CALLS, FACTOR, LR, NORM, STEP, Flat, Group, lora_plus, measure
+from minilora.optim.paged import PagedAdamW
 
 
 @module
@@ -286,24 +288,46 @@ def test_a_state_is_its_own_copy(device, dev):
     assert saved["control"][STEP] == 0
 
 
-@pytest.mark.parametrize("spoil", ["missing", "extra", "shape", "dtype"])
-def test_a_state_that_does_not_fit_is_refused_and_nothing_is_written(spoil, device, dev, host):
-    optimizer = AdamW(drawn(device), lr=0.1)
+OPTIMIZERS = {
+    "sgd": lambda tree: SGD(tree, momentum=0.9),
+    "adamw": AdamW,
+    "8 bits": AdamW8bit,
+    "pages": lambda tree: PagedAdamW(tree, page=8, pages="simulated"),
+}
+
+
+@pytest.mark.parametrize("spoil", ["missing", "extra", "shape", "dtype", "last", "control"])
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_state_that_does_not_fit_is_refused_and_nothing_is_written(
+    make, spoil, device, dev, host
+):
+    optimizer = make(drawn(device, np.float32))
     push(optimizer, drawn_gradients(optimizer, np.random.default_rng(0)), dev)
     optimizer.step()
     before = optimizer.state()
     wrong = {k: v * 0 for k, v in before.items()}
+    name = next(key for key in before if key.endswith(".matrix"))
     if spoil == "missing":
-        del wrong["m.matrix"]
+        del wrong[name]
     elif spoil == "extra":
         wrong["m.other"] = np.zeros(2)
     elif spoil == "shape":
-        wrong["m.matrix"] = np.zeros((3, 4))
+        wrong[name] = wrong[name].reshape(3, 4)
+    elif spoil == "dtype":
+        wrong[name] = wrong[name].astype(np.int8)
+    elif spoil == "last":  # when all others fit
+        name = list(before)[-1]
+        wrong[name] = wrong[name][..., None]
     else:
-        wrong["m.matrix"] = np.zeros((4, 3), np.float32)
-    with pytest.raises(CheckpointError, match=r"optimizer state m: .*(other|matrix)"):
+        wrong["control"] = np.zeros(1)
+    with pytest.raises(CheckpointError, match=rf"optimizer state: .*(m.other|control|{name})"):
         optimizer.restore(wrong)
+    if spoil == "control":
+        del wrong["control"]
+        with pytest.raises(CheckpointError, match=r"optimizer state: .*control"):
+            optimizer.restore(wrong)
     after = optimizer.state()
+    assert after.keys() == before.keys()
     assert all(after[k].tobytes() == before[k].tobytes() for k in before)
 
 

@@ -1,5 +1,7 @@
 """The pager against a dictionary, on devices that do what they may as late as they may."""
 
+import os
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -312,6 +314,15 @@ def test_a_disk_that_fails_outside_a_step(what, act, monkeypatch):
     assert train(paged, seed=9) == train(other, seed=9)
 
 
+def test_pages_lie_in_the_folder_that_was_asked_for(tmp_path):
+    paged = PagedAdamW(drawn(), page=16, budget=256, pages="file", folder=tmp_path)
+    assert os.fstat(paged.device.file).st_dev == tmp_path.stat().st_dev
+    where = os.readlink(f"/proc/self/fd/{paged.device.file}")
+    assert where.startswith(str(tmp_path))
+    with pytest.raises(MiniloraError, match="folder: expected one to write to, found"):
+        PagedAdamW(drawn(), page=16, pages="file", folder=tmp_path / "none")
+
+
 def test_a_short_read_is_no_page(monkeypatch):
     from minilora.optim import page_devices
 
@@ -328,6 +339,7 @@ def test_a_short_read_is_no_page(monkeypatch):
         ({"page": 16, "budget": 100}, "at least one page of 128 bytes, found 100"),
         ({"betas": (0.9, 1.0)}, r"betas: expected two numbers in \[0, 1\), found \(0.9, 1.0\)"),
         ({"pages": "tape"}, "simulated, file, cuda; found 'tape'"),
+        ({"folder": "."}, "expected pages=\"file\" beside it, found 'simulated'"),
     ],
 )
 def test_what_a_paged_optimizer_refuses(options, message):

@@ -16,10 +16,10 @@ from minilora import (
     parameters,
     to_device,
 )
-from minilora.engine.backend import is_array
+from minilora.engine.backend import device_of, is_array
 from minilora.engine.backend import to_device as array_to_device
 from minilora.engine.check import retained
-from minilora.engine.errors import QuantError
+from minilora.engine.errors import NumericsError, QuantError
 from minilora.engine.rules import reference_rules
 from minilora.lab.quantize import (
     QuantizeConfig,
@@ -30,11 +30,10 @@ from minilora.lab.quantize import (
     quantize_lab,
     quantize_report,
 )
-from minilora.lora.lora import LoRALinear
+from minilora.lora.lora import LoRALinear, is_adapter
 from minilora.model.layers import Linear
 from minilora.model.module import tensors, walk
 from minilora.quant.linear import QuantizedLinear, dequantize, merge_quantized, quantize
-from minilora.train.parallel import device_of
 
 CONFIG = TransformerConfig(vocab=11, width=64, layers=2, heads=4, context=32)
 
@@ -140,6 +139,31 @@ def test_three_ways_to_merge(device, dev, host):
     assert all(
         isinstance(n, Linear) for p, n in walk(merge(q)) if p.endswith(("query", "up", "down"))
     )
+
+
+def test_adapters_on_other_modules_are_merged_too(dev, host):
+    """The embedding's, say; and what would not be finite is named."""
+    q = adapt(quantize(base()), ["all-linear", "embedding"], rank=2, rng=np.random.default_rng(0))
+    for path, p in parameters(q).items():
+        if path == "embedding.A":  # B of an embedding is the random one
+            p.data[...] = 0.1
+    model, made = merge_quantized(q)
+    assert len(made) == 14
+    assert not any(is_adapter(node) for _, node in walk(model))
+    x = np.arange(11)[None]
+    np.testing.assert_allclose(model(x).data, q(x).data, rtol=0, atol=1e-4)
+    for path in ("blocks.1.mlp.up", "embedding"):
+        for name, p in parameters(q).items():
+            if name.startswith(path):
+                p.data[0, 0] = np.inf
+        with (
+            np.errstate(invalid="ignore"),
+            pytest.raises(NumericsError, match=f"merge_quantized: {path}"),
+        ):
+            merge_quantized(q)
+        for name, p in parameters(q).items():
+            if name.startswith(path):
+                p.data[0, 0] = 0
 
 
 @pytest.mark.parametrize("way, original", [("sideways", None), ("original", None)])

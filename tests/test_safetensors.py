@@ -135,14 +135,6 @@ def test_rows_1_to_12_are_refused(path, content, message):
     assert len(str(error.value)) < 600
 
 
-def test_row_5_and_6_are_taken_when_asked(path):
-    spaces = file_of(b"   " + json.dumps({"a": entry(strides=[4])}).encode(), EIGHT)
-    assert take(path, spaces, strict=False)["a"].tolist() == [0, 0]
-    newline = file_of(b"\n" + json.dumps({"a": GOOD}).encode(), EIGHT)
-    with pytest.raises(FormatError):
-        take(path, newline, strict=False)
-
-
 def test_row_10_bfloat16_is_exact(path):
     bits = np.arange(65536, dtype="<u2")
     content = file_of({"a": entry("BF16", [256, 256], 0, 131072)}, bits.tobytes())

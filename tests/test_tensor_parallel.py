@@ -182,11 +182,15 @@ def never_comes(part, parent):
 
 
 def test_ctrl_c_ends_a_wait():
-    with TensorParallel(whole("gpt2"), 2) as parallel:
-        parallel.run(generate, PROMPTS, 2)
-        with pytest.raises(KeyboardInterrupt):
-            parallel.run(never_comes, os.getpid())
-        assert not copies()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored behind a shell's &
+    try:
+        with TensorParallel(whole("gpt2"), 2) as parallel:
+            parallel.run(generate, PROMPTS, 2)
+            with pytest.raises(KeyboardInterrupt):
+                parallel.run(never_comes, os.getpid())
+            assert not copies()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_vocabulary_larger_than_what_is_handed_over_at_a_time():

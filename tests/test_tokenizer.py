@@ -103,6 +103,11 @@ def test_training_joins_what_is_frequent():
     assert train_tokenizer(TEXT, 300).merges == train_tokenizer(TEXT, 300).merges
 
 
+def test_a_split_that_is_not_known_is_told():
+    with pytest.raises(MiniloraError, match=r"split: expected one of .*; found 'words'"):
+        train_tokenizer(TEXT, 300, "words")
+
+
 def test_special_tokens_are_cut_out_the_longest_first():
     made = train_tokenizer("", 260, special=("<a>", "<a><b>", "<|end|>"))
     assert made.encode("<a><b><a>") == [1, 0]

@@ -22,6 +22,11 @@ def xp_of(array: Any) -> ModuleType:
         return xp_of(array.bits)  # of a BF16
 
 
+def device_of(array: Any) -> str:
+    """ "cpu" or "cuda", by the array's library."""
+    return "cpu" if xp_of(array) is np else "cuda"
+
+
 # What follows is asked several times in every op, hence remembered by class.
 
 
@@ -59,7 +64,7 @@ def address_of(array: Any) -> int:
 def to_device(array: Any, device: str) -> Any:
     """`array` on `device` ("cpu" or "cuda"): the one door between host and card.
 
-    Returns the same object when it is there already.  CuPy is imported here and
+    Returns the same object when it is there already.  The library imports CuPy here and
     nowhere else.  Errors: `MiniloraError` for another device name, or for "cuda"
     without CuPy.
     """

@@ -115,18 +115,17 @@ class Rule:
             calls.append(Call(self, xp, arguments, options, wants, value))
             return value
         half = BF16 in map(type, arguments)
-        last = None if half else self.specification
-        rule = last
-        if not _only_reference.get():
-            rule = self.fast.get(f"{xp.__name__} bf16" if half else xp.__name__, last)
-        while rule is not None:
+        key = f"{xp.__name__} bf16" if half else xp.__name__
+        fast = None if _only_reference.get() else self.fast.get(key)
+        for rule in (fast, None if half else self.specification):
+            if rule is None:
+                continue
             if rule in self.told_wants:
                 value = rule(xp, *arguments, **options, wants=wants)
             else:
                 value = rule(xp, *arguments, **options)
             if value is not NotImplemented:
                 return value
-            rule = None if rule is last else last
         if half:
             return self.rounded(self.run(xp, list(map(wide, arguments)), options, wants), arguments)
         raise MiniloraError(f"{self.__name__}: no rule takes these arguments")

@@ -31,7 +31,6 @@ class Team:
         self.size, self.rank, self.turn = size, 0, 0
         # Two: an array written into one is read until all have met over the other.
         self.slots = [shared_zeros(np.zeros((size, -(-slot // 8)))) for _ in range(2)]
-        self.first = os.getpid()
         self.come: list[Callable] = []  # tell each of the others that this one is here
         self.has_come: list[tuple[int, Callable]] = []  # ask whether one of them is
         self.watch: Watch = lambda rank: None

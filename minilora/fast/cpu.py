@@ -32,6 +32,7 @@ from ..engine.tensor import swap
 # Entries of a block: 512 KiB of float32, half a level-2 cache.  Each call into NumPy hands the
 # interpreter to the other threads and may have to wait for it after: shorter blocks cost more.
 BLOCK = 1 << 17
+LEAST = 64  # tokens for which it pays to fill a scratch with W0 + s B A
 FEW = 16  # rows that are few: for more, packing pays
 
 
@@ -145,7 +146,7 @@ def _(xp, x, A, B, *, base, scale, wants):
     """One product with W0 + s B A, written into scratch here and again on the way back."""
     shape, (d_out, d_in) = x.shape, base.shape
     x = rows(x)
-    if not real(x, A, B) or len(x) < 64 or shape[-1] != d_in:
+    if not real(x, A, B) or len(x) < LEAST or shape[-1] != d_in:
         return NotImplemented
     if A.shape != (B.shape[1], d_in) or B.shape[0] != d_out:
         return NotImplemented  # the specification says what is wrong

@@ -4,7 +4,7 @@ import math
 
 from ..optim.adam8bit import BLOCK, adamw8bit_update
 from ..optim.adamw import adamw_update
-from ..optim.flat import measure
+from ..optim.flat import CONTROL, measure
 from .cuda import Kernels, flat_grid, floats
 
 kernels = Kernels("optim.cu", "square_sums", "measure", "adamw", "adamw8bit", exact=True)
@@ -16,7 +16,8 @@ def flat(*arrays):
 
 
 def controls(xp, control):
-    return control.dtype == xp.float64 and control.shape == (7,) and control.flags.c_contiguous
+    fits = control.dtype == xp.float64 and control.shape == (CONTROL,)
+    return fits and control.flags.c_contiguous
 
 
 @measure.on("cupy")

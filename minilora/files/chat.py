@@ -52,7 +52,7 @@ def expect_known(template: str | None) -> None:
 
 
 def normal(template: str) -> str:
-    """A template with its escaped line ends written as escapes, as files have them both ways."""
+    """A template with each line end as the two characters \\n: files have them both ways."""
     return template.replace("\n", "\\n")
 
 

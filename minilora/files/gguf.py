@@ -16,7 +16,7 @@ Source: docs/gguf.md of github.com/ggml-org/ggml; what is refused, as its gguf.c
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from ..engine.check import expect_finite
 from ..engine.errors import FormatError
 from .atomic import replace_file
 from .gguf_blocks import OTHERS, TYPES, BlockType, decode
-from .untrusted import map_file, short
+from .untrusted import Entries, map_file, short
 
 MAGIC, VERSION = b"GGUF", 3
 ALIGNMENT = "general.alignment"
@@ -55,23 +55,12 @@ class Entry:
         return values
 
 
-class Gguf(Mapping[str, np.ndarray]):
+class Gguf(Entries):
     """The tensors of a file by name, each decoded when asked for; `metadata` has its keys."""
 
     def __init__(self, metadata: dict[str, Any], entries: dict[str, Entry], allow_nonfinite: bool):
-        self.metadata, self.entries, self.allow_nonfinite = metadata, entries, allow_nonfinite
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.entries[name].array(self.allow_nonfinite)
-
-    def __contains__(self, name: object) -> bool:  # what Mapping offers would decode the tensor
-        return name in self.entries
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
+        super().__init__(entries, allow_nonfinite)
+        self.metadata = metadata
 
 
 class Cursor:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.backend import to_device, to_numpy, xp_of
+from ..engine.backend import device_of, to_device, to_numpy
 from ..engine.errors import (
     AdapterError,
     BaseMismatchWarning,
@@ -33,9 +33,10 @@ from ..engine.errors import (
     MissingAdapterError,
 )
 from ..engine.tensor import Parameter, Tensor
+from ..lora.adapters import Factors, put
 from ..lora.lora import LoRAEmbedding, LoRALinear, is_adaptable, is_adapter, warn_of_rank
 from ..model.layers import Embedding
-from ..model.module import freeze, parameters, rebuild, walk
+from ..model.module import parameters, walk
 from ..model.transformer import Transformer
 from . import safetensors
 from .atomic import Content, replace_directory
@@ -190,7 +191,7 @@ def load_adapter(
     expect_targets(directory, config, paths, {paths[module] for module in factors})
     check_base(directory, stored, model, strict_base)
 
-    new = {}
+    adapter: dict[str, Factors] = {}
     nodes = dict(walk(model))
     kind = Parameter if trainable else Tensor
     for module, pair in factors.items():
@@ -206,22 +207,14 @@ def load_adapter(
                     f"{directory / WEIGHTS}: {pair[letter]}: expected {shape}, found {found}"
                 )
         weight = node.weight.data if table else model.norm.weight.data
-        device = "cpu" if xp_of(weight) is np else "cuda"
         A, B = (
-            kind(to_device(decoded(directory, stored, pair[letter]), device)) for letter in "AB"
+            kind(to_device(decoded(directory, stored, pair[letter]), device_of(weight)))
+            for letter in "AB"
         )
         alpha = float(pattern_value(config["alpha_pattern"], module, config["lora_alpha"]))
         rate = 0.0 if table else config["lora_dropout"]
-        wrap = LoRAEmbedding if table else LoRALinear
-        new[path] = (wrap, A, B, alpha, config["use_rslora"], rate)
-
-    def put(path: str, node: Any) -> Any:
-        if path not in new:
-            return node
-        wrap, *rest = new[path]
-        return wrap(node, *rest)
-
-    tree = rebuild(freeze(model), put)
+        adapter[path] = Factors(A, B, alpha, config["use_rslora"], rate)
+    tree = put(model, adapter)
     warn_of_rank(tree)
     return tree
 

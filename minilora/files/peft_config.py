@@ -26,8 +26,7 @@ IGNORED = {
     "exclude_modules", "layers_pattern", "megatron_core", "qalora_group_size", "loftq_config",
     "ensure_weight_tying", "eva_config", "lora_ga_config", "runtime_config",
 }  # fmt: skip
-# ... and others, which must be absent or say no.  Weights that such an initialization moved out
-# of the base are missing from it.
+# Initializations that leave the base as it was; the others move a part of W0 into A and B.
 INITS = (True, False, "gaussian", "eva", "orthogonal", "lora_ga", None)
 
 
@@ -55,6 +54,7 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
         if name == "init_lora_weights":
             if not any(value is init or value == init for init in INITS):
                 refuse(name, "an initialization that leaves the base alone")
+        # A setting that is not known here must say no.
         elif not known and value not in (None, False, [], {}):
             refuse(name, "nothing: this is not done here")
     if type(config.get("r")) is not int or not 1 <= config["r"] <= MAX_RANK:

@@ -19,7 +19,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from ..engine.bf16 import float32_of
 from ..engine.check import expect_finite
 from ..engine.errors import FormatError
 from .atomic import replace_file
-from .untrusted import map_file, parse_json, short
+from .untrusted import Entries, map_file, parse_json, short
 
 MAX_HEADER = 32 << 20  # bytes; the format's library allows 10^8, and takes seconds for them
 MAX_TENSORS = 200_000
@@ -83,7 +83,7 @@ class Entry:
         return values
 
 
-class SafeTensors(Mapping[str, np.ndarray]):
+class SafeTensors(Entries):
     """The tensors of one or several files by name, each decoded and checked when asked for.
 
     `entries` gives dtype and shape of each without touching its data; `metadata` are the
@@ -94,18 +94,6 @@ class SafeTensors(Mapping[str, np.ndarray]):
     def __init__(self, entries: dict[str, Entry], metadata: dict[str, str], allow_nonfinite: bool):
         self.entries, self.metadata, self.allow_nonfinite = entries, metadata, allow_nonfinite
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.entries[name].array(self.allow_nonfinite)
-
-    def __contains__(self, name: object) -> bool:  # what Mapping offers would decode the tensor
-        return name in self.entries
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
     @property
     def verified(self) -> bool:
         """Whether every tensor is compared with a digest; False for most files of others."""
@@ -115,15 +103,13 @@ class SafeTensors(Mapping[str, np.ndarray]):
 def read(
     path: str | os.PathLike,
     *,
-    strict: bool = True,
     verify: bool = True,
     allow_nonfinite: bool = False,
 ) -> SafeTensors:
     """The tensors of one file: name -> read-only array.  `dict(read(path))` takes them all.
 
     The header is checked here, the data of a tensor when it is asked for (`Entry.array`).
-    `strict=False` also takes unknown fields and spaces before the header; `verify=False`
-    leaves the digests alone.
+    `verify=False` leaves the digests alone.
 
     Errors: `MissingFileError`; `FormatError` for anything that departs from the layout above.
     """
@@ -133,7 +119,7 @@ def read(
     if length > len(data) - 8:  # negative for a file too short to hold a length
         raise FormatError(f"{where}: header of {length} bytes in a file of {len(data)}")
     raw, data = data[8 : 8 + length], data[8 + length :]
-    metadata, spans = _parse_header(where, raw, len(data), strict)
+    metadata, spans = _parse_header(where, raw, len(data))
 
     keys = [key for key in metadata if key.startswith(DIGEST)]
     digests = {key.removeprefix(DIGEST): metadata.pop(key) for key in keys}
@@ -236,12 +222,12 @@ def digest(dtype: str, shape: tuple[int, ...], data: np.ndarray) -> str:
 
 
 def _parse_header(
-    where: str, raw: bytes | np.ndarray, total: int, strict: bool = True
+    where: str, raw: bytes | np.ndarray, total: int
 ) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...], int, int]]]:
     """The metadata, and (dtype, shape, begin, end) of each tensor in `total` bytes of data."""
     if len(raw) > MAX_HEADER:
         raise FormatError(f"{where}: expected a header <= {MAX_HEADER} bytes, found {len(raw)}")
-    raw = bytes(raw) if strict else bytes(raw).lstrip(b" ")
+    raw = bytes(raw)
     if raw[:1] != b"{":
         raise FormatError(f"{where}: expected the header to begin with '{{', found {raw[:1]!r}")
     count = raw.count(b'"data_offsets"')  # counted before parsing, which would take seconds
@@ -254,7 +240,7 @@ def _parse_header(
         raise FormatError(f"{where}: __metadata__: expected strings, found {short(metadata)}")
     spans, end = {}, 0
     for name, entry in header.items():
-        spans[name] = _parse_entry(_name(where, name), name, entry, strict)
+        spans[name] = _parse_entry(_name(where, name), name, entry)
     for name, (_, _, begin, stop) in sorted(spans.items(), key=lambda item: item[1][2:]):
         if begin != end:  # a gap could hide another file, an overlap another tensor
             raise FormatError(f"{_name(where, name)}: expected to begin at {end}, found {begin}")
@@ -264,13 +250,11 @@ def _parse_header(
     return metadata, spans
 
 
-def _parse_entry(
-    where: str, name: str, entry: Any, strict: bool
-) -> tuple[str, tuple[int, ...], int, int]:
+def _parse_entry(where: str, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     if CONTROL.search(name):
         raise FormatError(f"{where}: expected a name without control characters")
     fields = entry.keys() if type(entry) is dict else set()
-    if not fields >= FIELDS or (strict and fields > FIELDS):
+    if fields != FIELDS:
         raise FormatError(f"{where}: expected dtype, shape, data_offsets; found {short(entry)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if type(dtype) is not str or dtype not in STORED:

@@ -45,7 +45,7 @@ def letters_and_numbers() -> dict[str, str]:
 @lru_cache
 def compiled(pattern: str) -> re.Pattern:
     """A pattern with \\p{L}, \\p{N}, \\s and \\S as Unicode has them."""
-    classes = letters_and_numbers() | {"s": SPACE}
+    classes = letters_and_numbers()
     # Inside brackets a class is its ranges; outside, it needs brackets of its own.
     inside = re.compile(r"\[[^\]]*\]")
 

@@ -180,8 +180,10 @@ def train_tokenizer(
 ) -> Tokenizer:
     """A vocabulary of at most `size` tokens: the special ones, 256 bytes, and learned merges.
 
-    Errors: `MiniloraError` for a size that does not hold the bytes.
+    Errors: `MiniloraError` for a size that does not hold the bytes, or a split not known.
     """
+    if split not in SPLITS:
+        raise MiniloraError(f"split: expected one of {', '.join(SPLITS)}; found {split!r}")
     if size < 256 + len(special):
         raise MiniloraError(f"size: expected at least {256 + len(special)} tokens, found {size}")
     counts: dict[str, int] = {}

@@ -227,7 +227,6 @@ def chat_settings(
 
 def tokenizer_json(tokenizer: Tokenizer) -> bytes:
     """A `tokenizer.json` from which others read the same tokenizer."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     starts = [{"SpecialToken": {"id": tokenizer.tokens[i], "type_id": 0}} for i in tokenizer.start]
     added = [
         {
@@ -250,8 +249,8 @@ def tokenizer_json(tokenizer: Tokenizer) -> bytes:
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
         "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
         "pre_tokenizer": PRE_TOKENIZERS[tokenizer.split],
-        "post_processor": template if tokenizer.start else byte_level | {"use_regex": True},
-        "decoder": byte_level | {"use_regex": True},
+        "post_processor": template if tokenizer.start else BYTE_LEVEL | {"use_regex": True},
+        "decoder": BYTE_LEVEL | {"use_regex": True},
         "model": {
             "type": "BPE", "dropout": None, "unk_token": None,
             "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False,

@@ -3,7 +3,7 @@
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from reprlib import Repr
 from typing import Any
@@ -37,6 +37,25 @@ def map_file(path: str | os.PathLike) -> np.ndarray:
         raise MissingFileError(f"{where}: no such file") from None
     except (OSError, ValueError) as error:
         raise FormatError(f"{where}: cannot be read: {error}") from error
+
+
+class Entries(Mapping[str, np.ndarray]):
+    """The tensors of a file by name, each decoded and checked when asked for."""
+
+    def __init__(self, entries: dict[str, Any], allow_nonfinite: bool):
+        self.entries, self.allow_nonfinite = entries, allow_nonfinite
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.entries[name].array(self.allow_nonfinite)
+
+    def __contains__(self, name: object) -> bool:  # what Mapping offers would decode the tensor
+        return name in self.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
 
 
 def parse_json(where: str, raw: bytes, whole: Callable[[str], int] = int) -> Any:

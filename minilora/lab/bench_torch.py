@@ -13,8 +13,6 @@ from .bench_ours import Contender, all_weights, drawn_gradients, moved, sums
 from .bench_peers import build, parameter_name
 from .bench_shapes import ALPHA, BETAS, WEIGHT_DECAY, Job, adapted_paths, prompts, starting_tree
 
-THEIRS = ("torch", "erf", "stock", "hf", "compile", "bnb")
-
 
 class Theirs(Contender):
     """The model of the job in torch, with as many threads as the job says."""

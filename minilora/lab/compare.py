@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from ..engine.backend import xp_of
+from ..engine.backend import device_of, xp_of
 from ..engine.check import retained
 from ..engine.errors import MiniloraError, NumericsError
 from ..engine.progress import progress
@@ -27,8 +27,9 @@ from ..optim.schedule import schedule
 from ..quant.blockwise import QuantizedArray
 from ..quant.codes import code
 from ..quant.linear import quantize
+from ..train.checkpoint import Fit
+from ..train.data import Data
 from ..train.loop import evaluate, fit
-from ..train.parallel import device_of
 from ..train.task import Task
 from ..train.tasks import get_task
 from .ledger import held_bytes
@@ -125,25 +126,31 @@ def optimizer_for(arm: Arm, task: Task, lr: float, seed: int) -> AdamW:
     return AdamW(model, lr=lr, betas=s.betas, weight_decay=s.weight_decay)
 
 
+def fit_task(task: Task, optimizer: AdamW, train: Data, seed: int, steps: int | None = None) -> Fit:
+    """Train by the task's settings; one record, at the end."""
+    s = task.settings
+    steps = steps or s.steps
+    return fit(
+        optimizer,
+        task.loss,
+        train,
+        steps=steps,
+        batch=s.batch,
+        seed=seed,
+        schedule=schedule(s.schedule, steps, s.warmup),
+        clip=s.clip,
+        every=steps,
+    )
+
+
 def train_arm(task_name: str, arm: Arm, lr: float, seed: int, steps: int | None) -> dict[str, Any]:
     """Train one arm once; its losses and scores as a plain record, or that it diverged."""
     task = get_task(task_name)
-    s, data = task.settings, task.splits(seed)
-    steps = steps or s.steps
+    data = task.splits(seed)
     optimizer = optimizer_for(arm, task, lr, seed)
     run = {"arm": arm.name, "lr": lr, "seed": seed}
     try:
-        result = fit(
-            optimizer,
-            task.loss,
-            data.train,
-            steps=steps,
-            batch=s.batch,
-            seed=seed,
-            schedule=schedule(s.schedule, steps, s.warmup),
-            clip=s.clip,
-            every=steps,
-        )
+        result = fit_task(task, optimizer, data.train, seed, steps)
     except NumericsError as error:  # too high a rate: a finding, not the end of the comparison
         return run | {"diverged": str(error), "val_loss": None, "score": None}
     return run | {

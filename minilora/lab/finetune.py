@@ -21,8 +21,9 @@ from ..optim.adamw import AdamW
 from ..optim.schedule import schedule
 from ..quant.linear import quantize
 from ..train.checkpoint import Checkpoints, Fit
-from ..train.corpus import Corpus, loss, read_corpus
+from ..train.corpus import Corpus, read_corpus
 from ..train.loop import eager, evaluate, fit
+from ..train.task import token_loss
 from .answer import open_for_text, prompt_ids
 from .finetune_report import CARD, FIGURE, RECORD, extra_files
 from .ledger import held_bytes
@@ -39,7 +40,7 @@ class FinetuneConfig:
 
     A step sees `batch * grad_accum` examples, `batch` at a time, cut into `shards` that are
     worked on at the same time, a processor each (one: its products on all processors).  Where
-    `rate` or `epochs` are None, a conversation gets 1.5e-3 and 3 epochs, a text 1e-3 and one.
+    `lr` or `epochs` are None, a conversation gets 1.5e-3 and 3 epochs, a text 1e-3 and one.
     """
 
     out: str
@@ -106,11 +107,11 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> dict[str, Any]:
     config = config.for_corpus(corpus)
 
     base = source.model
-    losses = {"base": evaluate(base, loss, corpus.held_out, config.batch)}
+    losses = {"base": evaluate(base, token_loss, corpus.held_out, config.batch)}
     if config.method == "qlora":
         source = source._replace(model=None)  # only the codes stay, once `base` is them
         base = quantize(base, config.targets, code=config.code)
-        losses["quantized base"] = evaluate(base, loss, corpus.held_out, config.batch)
+        losses["quantized base"] = evaluate(base, token_loss, corpus.held_out, config.batch)
     questions = questions_of(config, corpus, tokenizer)
     samples = [{"prompt": q, "before": a} for q, a in asked(base, tokenizer, questions)]
 
@@ -172,7 +173,7 @@ def train(
 
     result = fit(
         AdamW(adapted, lr=config.lr, weight_decay=0.0),
-        loss,
+        token_loss,
         corpus.train,
         steps=steps,
         batch=examples,
@@ -184,9 +185,7 @@ def train(
         validation=corpus.held_out,
         every=math.ceil(steps / RECORDS),
         eval_batch=config.batch,
-        checkpoints=Checkpoints(
-            config.checkpoints, {"targets": list(about.pop("targets")), **about}
-        ),
+        checkpoints=Checkpoints(config.checkpoints, about | {"targets": list(config.targets)}),
         resume=resume,
         label=config.method,
         advance=weighed,

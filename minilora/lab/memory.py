@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from ..engine.backend import is_array
 from ..engine.errors import MiniloraError
 from ..fast.cpu import BLOCK as CACHED
+from ..fast.cpu import LEAST
 from ..fast.cpu_quant import CHUNK as QUANTIZED
 from ..model.module import children
 from ..model.targets import ALL_LINEAR, matches
@@ -23,7 +24,6 @@ BYTES = {
     "bf16": {"weight": 2, "activation": 2, "gradient": 2, "adapter": 4, "moment": 4},
 }
 TILE, CHUNK = 64, 256  # query rows of attention, tokens of head and loss
-FEW = 64  # an adapter's fast rule takes no fewer tokens
 OFFSET = 4  # bytes of the mean of a weight's scales, a float32 (kept on the host)
 RULES = "fast NumPy rules"  # what activations and scratch are those of
 
@@ -202,7 +202,7 @@ def scratch(setting: Setting) -> dict[str, int]:
     group = min(setting.batch, max(1, 2 * CACHED // (H * tile * T)))  # sequences at a time
     found = {
         "logits": b * min(CHUNK, scored) * config.vocab,
-        "dense weight and change": 2 * b * largest,
+        "dense weight and change": 2 * b * largest if setting.tokens >= LEAST else 0,
         "attention": b * group * H * (2 * tile * T + tile * D + T * D),
         "optimizer": 2 * b * min(CACHED, max(trainable_count(setting), 1)),
     }

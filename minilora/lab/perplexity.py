@@ -13,8 +13,10 @@ from ..engine.errors import MiniloraError
 from ..engine.progress import progress
 from ..files.peft import load_adapter
 from ..quant.linear import quantize
-from ..train.corpus import loss, read_corpus
+from ..train.corpus import read_corpus
+from ..train.data import Data
 from ..train.loop import evaluate
+from ..train.task import token_loss
 from .answer import open_for_text
 from .figures import BLACK, BLUE, RED, canvas, save
 from .ledger import held_bytes
@@ -35,12 +37,12 @@ class PerplexityConfig:
     adapter: str | None = None
     windows: int = 32
     max_len: int = 256
-    batch: int = 4
     block: int = 64
 
 
 def perplexity(config: PerplexityConfig) -> dict[str, Any]:
-    """A record: for each code the mean loss over the same windows, and exp of it.
+    """A record: for each code the mean loss over the same windows, and exp of it; how far that loss
+    is above the first code's, and the standard error of this over the windows.
 
     The windows lie evenly over the text; each begins without context, so that the figures
     are for comparing models on one setting, not for comparing settings.
@@ -52,7 +54,10 @@ def perplexity(config: PerplexityConfig) -> dict[str, Any]:
     length = min(config.max_len, source.model.config.context)
     corpus = read_corpus(config.data, tokenizer, length)
     chosen = corpus.train.spread(config.windows)
-    rows = []
+    scored = np.flatnonzero(chosen.scored)
+    windows = [Data({k: a[[i]] for k, a in chosen.arrays.items()}) for i in scored]
+    share = chosen.scored[scored] / chosen.scored.sum()  # of each window in the mean
+    rows: list[dict[str, Any]] = []
     for name in progress(config.codes, label="perplexity"):
         model = source.model
         if name != PLAIN:
@@ -62,9 +67,12 @@ def perplexity(config: PerplexityConfig) -> dict[str, Any]:
             model = quantize(model, code=code, block=config.block, double=bool(double))
         if config.adapter is not None:
             model = load_adapter(config.adapter, model)
-        mean = evaluate(model, loss, chosen, config.batch)
+        losses = np.array([evaluate(model, token_loss, window) for window in windows])
+        if not rows:
+            first = losses
+        mean = float(share @ losses)
         rows.append({"code": name, "loss": mean, "perplexity": math.exp(mean),
-                     "bytes": held_bytes(model)})  # fmt: skip
+                     "bytes": held_bytes(model)} | above(losses - first, share))  # fmt: skip
     return {
         "kind": "perplexity",
         "config": asdict(config),
@@ -77,18 +85,31 @@ def perplexity(config: PerplexityConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def above(d: np.ndarray, share: np.ndarray) -> dict[str, float | None]:
+    """The mean of d (n,), weighted by `share`, which sums to 1, and its standard error.
+
+    error² = n/(n-1) Σ share² (d - mean)²,   s²/n for equal shares; None for a single one
+    """
+    n, mean = len(d), float(share @ d)
+    squares = float((share**2) @ (d - mean) ** 2)
+    return {"above": mean, "error": math.sqrt(n / (n - 1) * squares) if n > 1 else None}
+
+
 def perplexity_report(record: dict[str, Any]) -> str:
     """A table by code, and what the base itself was."""
-    data, rows = record["data"], [["code", "nats per token", "perplexity", "weights"]]
+    data, first = record["data"], record["rows"][0]["code"]
+    rows = [["code", "nats per token", f"above {first}", "perplexity", "weights"]]
     for row in record["rows"]:
+        more = "-" if row["error"] is None else f"{row['above']:.4f} ± {row['error']:.4f}"
         rows.append([
-            row["code"], f"{row['loss']:.4f}", f"{row['perplexity']:.3f}", size(row["bytes"]),
+            row["code"], f"{row['loss']:.4f}", more if row["code"] != first else "-",
+            f"{row['perplexity']:.3f}", size(row["bytes"]),
         ])  # fmt: skip
     return "\n".join([
         table(rows), "",
         f"{record['model']['name']} on {data['name']}: {data['tokens']:,} tokens in "
         f"{data['windows']} windows; codes on the linears of blocks, blocks of "
-        f"{record['config']['block']}.",
+        f"{record['config']['block']}; ±: the standard error over the windows.",
         f"The base itself: {record['model']['weights']}; what the first rounding lost is in "
         "every row.",
     ])  # fmt: skip

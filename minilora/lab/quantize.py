@@ -86,7 +86,7 @@ def quantize_lab(config: QuantizeConfig) -> dict[str, Any]:
         "levels": [float(v) for v in chosen.table],
         "usage": usage(held.packed, config.code, bell.size).tolist(),
         "bell": errors(bell, config.code, config.block, config.double),
-        "real": errors(real, config.code, min(config.block, 4096), config.double),
+        "real": errors(real, config.code, config.block, config.double),
         "by_block": {
             name: {str(b): errors(bell, name, b, False) for b in BLOCKS} for name in FOUR_BITS
         },

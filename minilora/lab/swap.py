@@ -4,10 +4,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..engine.progress import progress
-from ..optim.schedule import schedule
 from ..train import letters
-from ..train.loop import fit
-from .compare import Arm, optimizer_for, spread, versions
+from .compare import Arm, fit_task, optimizer_for, spread, versions
 
 
 @dataclass(frozen=True)
@@ -24,19 +22,8 @@ class SwapConfig:
 def row_of(config: SwapConfig, way: str, seed: int) -> list[float]:
     """Train an adapter for `way`; the share of right letters in each way, `way` among them."""
     task = letters.task(way)
-    s = task.settings
     optimizer = optimizer_for(Arm("lora", config.rank), task, config.lr, seed)
-    run = fit(
-        optimizer,
-        task.loss,
-        task.splits(seed).train,
-        steps=s.steps,
-        batch=s.batch,
-        seed=seed,
-        schedule=schedule(s.schedule, s.steps, s.warmup),
-        clip=s.clip,
-        every=s.steps,
-    )
+    run = fit_task(task, optimizer, task.splits(seed).train, seed)
     columns = ("copy", *config.ways)
     return [letters.accuracy(run.model, letters.examples(w, 500, 1)) for w in columns]
 

@@ -11,10 +11,9 @@ from ..engine.progress import progress
 from ..lora.lora import adapt
 from ..model.module import count
 from ..optim.adamw import AdamW
-from ..optim.schedule import schedule
-from ..train.loop import evaluate, fit
+from ..train.loop import evaluate
 from ..train.tasks import get_task
-from .compare import choose, spread, versions
+from .compare import choose, fit_task, spread, versions
 from .figures import BLUE, RED, canvas, save
 from .report import table
 
@@ -46,11 +45,8 @@ def train_choice(name: str, lr: float, seed: int, alpha: float = 8.0) -> dict[st
         task.base(), modules[0] if len(modules) == 1 else modules, rank=rank, alpha=alpha,
         rank_stabilized=True, rng=np.random.default_rng([seed, 17]),
     )  # fmt: skip
-    result = fit(
-        AdamW(model, lr=lr, betas=s.betas, weight_decay=s.weight_decay), task.loss, data.train,
-        steps=s.steps, batch=s.batch, seed=seed, schedule=schedule(s.schedule, s.steps, s.warmup),
-        clip=s.clip, every=s.steps,
-    )  # fmt: skip
+    optimizer = AdamW(model, lr=lr, betas=s.betas, weight_decay=s.weight_decay)
+    result = fit_task(task, optimizer, data.train, seed)
     return {
         "lr": lr,
         "val_loss": evaluate(result.model, task.loss, data.validation),

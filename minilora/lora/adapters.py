@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..engine.backend import to_device, xp_of
+from ..engine.backend import device_of, to_device, xp_of
 from ..engine.errors import AdapterError
 from ..engine.ops import concat
 from ..engine.rules import wide
@@ -19,7 +19,7 @@ from ..engine.tensor import Tensor
 from ..model.layers import Embedding, Rng, is_linear
 from ..model.module import freeze, module, rebuild, walk
 from ..model.targets import ALL_LINEAR, select
-from .lora import LoRAEmbedding, LoRALinear, is_adapter
+from .lora import LoRAEmbedding, LoRALinear, is_adaptable, is_adapter, scale_of
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 WAYS = ("concat", "linear", "svd")
@@ -37,8 +37,7 @@ class Factors(NamedTuple):
     @property
     def scale(self) -> float:
         """s = alpha / r, or alpha / √r"""
-        r = self.A.shape[0]
-        return self.alpha / (r**0.5 if self.rank_stabilized else r)
+        return scale_of(self.A.shape[0], self.alpha, self.rank_stabilized)
 
 
 Adapter = Mapping[str, Factors]  # by the path of the module
@@ -77,7 +76,7 @@ def on_paths(model: Any, by_path: Mapping[str, Any], wrap: Any) -> Any:
     if any(is_adapter(node) for node in nodes.values()):
         raise AdapterError("adapter: expected a plain model, found one with adapters")
     for path in by_path:
-        if not (is_linear(nodes.get(path)) or isinstance(nodes.get(path), Embedding)):
+        if not is_adaptable(nodes.get(path)):
             raise AdapterError(f"adapter: nothing to adapt at {path} in this model")
     return rebuild(
         freeze(model), lambda path, node: wrap(node, by_path[path]) if path in by_path else node
@@ -195,7 +194,7 @@ def mix(model: Any, rows: Sequence[Adapter | None]) -> Any:
         [n for n, adapter in enumerate(rows) if id(adapter) == kind] for kind in kinds
     ]).astype(np.int64)  # fmt: skip
     counts = tuple(sum(id(adapter) == kind for adapter in rows) for kind in kinds)
-    device = "cpu" if xp_of(model.norm.weight.data) is np else "cuda"
+    device = device_of(model.norm.weight.data)
     places = {"order": to_device(order, device), "back": to_device(np.argsort(order), device)}
     paths = {path for adapter in kinds.values() if adapter for path in adapter}
     by_path = {path: [(a or {}).get(path) for a in kinds.values()] for path in paths}

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.backend import to_device, xp_of
+from ..engine.backend import device_of, to_device
 from ..engine.bf16 import BFLOAT16
 from ..engine.check import expect_finite
 from ..engine.errors import AdapterError, RankWarning
@@ -232,7 +232,7 @@ def adapt(
             else:
                 A = rng.standard_normal((r, d_in)) / r
             kind, B = LoRALinear, np.zeros((d_out, r))
-        device = "cpu" if xp_of(weight) is np else "cuda"
+        device = device_of(weight)
         dtype = np.float32 if weight.dtype == BFLOAT16 else weight.dtype
         A, B = (Parameter(to_device(f.astype(dtype), device)) for f in (A, B))
         rate = 0.0 if kind is LoRAEmbedding else dropout
@@ -242,7 +242,9 @@ def adapt(
 
 
 def merge(adapted: Any, retie: bool = False) -> Any:
-    """A new plain model, W = W0 + s B A, with arrays of its own; `adapted` is left as it is.
+    """A new model without adapters, W = W0 + s B A; `adapted` is left as it is.
+
+    Its arrays are its own, but for weights in codes that had no adapter, which stay and are shared.
 
     A head tied to an adapted embedding keeps the old table, as it had it in training; with
     `retie` it takes the merged one, which is another function.  There is no unmerge:

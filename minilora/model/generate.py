@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.backend import to_device, to_numpy, xp_of
+from ..engine.backend import device_of, to_device, to_numpy, xp_of
 from ..engine.blas import on_one_thread, small_kernels
 from ..engine.errors import MiniloraError, NumericsError
 from ..engine.recorded import Recorded
@@ -41,7 +41,6 @@ def generate(
     Errors: `MiniloraError` for an empty prompt or an option out of range, `NumericsError`
     for an id outside the vocabulary or logits that are not finite.
     """
-    expect_options(new_tokens, temperature, top_k, top_p)
     tokens = each_token(
         model,
         prompts,
@@ -84,7 +83,7 @@ def each_token(
     expect_options(new_tokens, temperature, top_k, top_p)
     model = freeze(model)
     xp = xp_of(model.norm.weight.data)
-    device = "cpu" if xp is np else "cuda"
+    device = device_of(model.norm.weight.data)
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) < 1:
         raise MiniloraError("generate: expected prompts of at least one token each")
@@ -166,8 +165,8 @@ def for_decoding(model: Any) -> Any:
 def decoding_order(d_out: int, d_in: int) -> str:
     """ "F", column by column, for a weight with more rows than columns, else "C".
 
-    Row by row a large one, too, where BLAS reads it in place against a few rows on its one
-    thread: a stack of its rows then lies in one piece.
+    A large one stays row by row, too, where a few rows meet it in stacks of its rows (on the one
+    thread of a BLAS with `small_kernels`): each then lies in one piece.
     """
     stacks = d_out * d_in > 1 << 17 and small_kernels() and on_one_thread()
     return "F" if d_out >= d_in and not stacks else "C"

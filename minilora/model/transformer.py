@@ -168,7 +168,8 @@ def attend(
         k, v = cache.extend(k, v, positions)
     seen = None if cache is None else positions  # the last key that each query sees; None: its own
     if at is not None:
-        q, seen = only(q, at), at[:, None] if seen is None else only(seen, at)
+        q = only(q, at)
+        seen = at[:, None] if seen is None else only(seen, at)
     out = attention(q, k, v, positions=seen)
     N, T, H, D = out.shape
     return out.reshape(N, T, H * D)
@@ -223,7 +224,7 @@ class Transformer:
     ) -> Tensor:
         """The normalized residual stream before the head: (N, T, C).
 
-        With a `cache`, `positions` (N, T) says where each id stands; without, 0..T-1.
+        `positions` (N, T) says where each id stands, None: 0..T-1; a `cache` needs it.
         With `at` (N,), only what stands there at these indices: (N, 1, C).  Of the last block
         the other tokens need no more than keys and values.
         With `recompute_blocks`, a block keeps its input only and runs again on the way back.

@@ -5,13 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.backend import to_numpy, xp_of
-from ..engine.errors import CheckpointError, MiniloraError
+from ..engine.backend import device_of, xp_of
+from ..engine.errors import MiniloraError
 from ..engine.rules import rule
 from ..model.module import to_device
 from ..quant.codes import Code
 from ..quant.codes import code as code_named
-from .adamw import count_step
 from .flat import FACTOR, LR, NORM, STEP, Flat, Group, Grouping, Stepper, by_shape, expect_betas
 
 BLOCK = 256
@@ -123,7 +122,7 @@ class AdamW8bit(Stepper):
         expect_betas(betas)
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         xp = xp_of(flat.data)
-        device = "cpu" if xp is np else "cuda"
+        device = device_of(flat.data)
         self.signed, self.unsigned = (
             to_device(code_named(name), device) for name in ("dynamic", "dynamic_unsigned")
         )
@@ -168,7 +167,7 @@ class AdamW8bit(Stepper):
                 "lr_factor": group.lr,
             }
             self.update(self.flat.data[span], self.flat.grad[span], moments, options)
-        count_step(self)
+        self.count_step()
 
     def update(self, p: Any, g: Any, moments: dict[str, Any], options: dict[str, Any]) -> None:
         """One stretch, its entries in a row."""
@@ -184,27 +183,10 @@ class AdamW8bit(Stepper):
         for old, new in zip((p, m, v), moved(xp, p, g, m, v, self.control, **options), strict=True):
             xp.copyto(old, new, where=finite)
 
-    def state(self) -> dict[str, Any]:
-        """Host arrays: codes, scales and float32 moments by path, and the control numbers."""
-        return {"control": to_numpy(self.control).copy()} | {
-            f"{kind}.{path}": to_numpy(array).copy()
+    def arrays(self) -> dict[str, Any]:
+        """Codes, scales and float32 moments by path, and the control numbers."""
+        return {"control": self.control} | {
+            f"{kind}.{path}": array
             for path, arrays in self.moments.items()
             for kind, array in arrays.items()
         }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Copy a saved state in, in place.  Errors: `CheckpointError` on any mismatch."""
-        xp, mine = xp_of(self.control), self.state()
-        if state.keys() != mine.keys():
-            odd = ", ".join(sorted(state.keys() ^ mine.keys()))
-            raise CheckpointError(f"optimizer state: saved and present arrays differ: {odd}")
-        for key, array in mine.items():
-            if (state[key].shape, state[key].dtype) != (array.shape, array.dtype):
-                raise CheckpointError(
-                    f"optimizer state: expected {array.dtype} {array.shape} for {key}, "
-                    f"found {state[key].dtype} {state[key].shape}"
-                )
-        self.control[...] = xp.asarray(state["control"])
-        for path, arrays in self.moments.items():
-            for kind, array in arrays.items():
-                array[...] = xp.asarray(state[f"{kind}.{path}"])

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..engine.backend import to_numpy, xp_of
+from ..engine.backend import xp_of
 from ..engine.rules import rule
 from .flat import FACTOR, LR, NORM, STEP, Grouping, Stepper, by_shape, expect_betas
 
@@ -66,15 +66,10 @@ class SGD(Stepper):
                 f.data[part], f.grad[part], self.momentum[part], self.control,
                 mu=self.mu, decay=self.weight_decay * group.decay, lr_factor=group.lr,
             )  # fmt: skip
-        count_step(self)
+        self.count_step()
 
-    def state(self) -> dict[str, Any]:
-        """Host arrays: the momentum by path, and the control numbers."""
-        return {"control": to_numpy(self.control).copy()} | saved(self, momentum=self.momentum)
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Copy a saved state in, in place.  Errors: `CheckpointError` on any mismatch."""
-        restored(self, state, momentum=self.momentum)
+    def arrays(self) -> dict[str, Any]:
+        return self.moments_by_path(momentum=self.momentum)
 
 
 class AdamW(Stepper):
@@ -114,42 +109,7 @@ class AdamW(Stepper):
                 f.data[part], f.grad[part], self.m[part], self.v[part], self.control, eps=self.eps,
                 betas=self.betas, decay=self.weight_decay * group.decay, lr_factor=group.lr,
             )  # fmt: skip
-        count_step(self)
+        self.count_step()
 
-    def state(self) -> dict[str, Any]:
-        """Host arrays: both moments by path, and the control numbers."""
-        return {"control": to_numpy(self.control).copy()} | saved(self, m=self.m, v=self.v)
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Copy a saved state in, in place.  Errors: `CheckpointError` on any mismatch."""
-        restored(self, state, m=self.m, v=self.v)
-
-
-def count_step(optimizer: Stepper) -> None:
-    """t += 1, unless the step wrote nothing; and the gradient is cleared."""
-    xp = xp_of(optimizer.control)
-    optimizer.control[STEP] += xp.isfinite(optimizer.control[NORM])
-    optimizer.flat.grad.fill(0)
-
-
-def saved(optimizer: Stepper, **buffers: Any) -> dict[str, Any]:
-    """`{"m.blocks.0...": host array}` for each buffer laid out like the parameters."""
-    return {
-        f"{name}.{path}": to_numpy(view).copy()
-        for name, flat in buffers.items()
-        for path, view in optimizer.flat.cut(flat).items()
-    }
-
-
-def restored(optimizer: Stepper, state: dict[str, Any], **buffers: Any) -> None:
-    """The inverse of `saved`, control numbers included."""
-    xp = xp_of(optimizer.control)
-    for name, flat in buffers.items():
-        prefix = f"{name}."
-        part = {
-            key.removeprefix(prefix): xp.asarray(value)
-            for key, value in state.items()
-            if key.startswith(prefix)
-        }
-        optimizer.flat.restore(flat, part, f"optimizer state {name}")
-    optimizer.control[...] = xp.asarray(state["control"])
+    def arrays(self) -> dict[str, Any]:
+        return self.moments_by_path(m=self.m, v=self.v)

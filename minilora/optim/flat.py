@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ..engine.backend import xp_of
+from ..engine.backend import to_numpy, xp_of
 from ..engine.errors import CheckpointError, MiniloraError
 from ..engine.rules import rule
 from ..engine.tensor import Parameter
@@ -102,18 +102,25 @@ class Flat:
 
     def restore(self, flat: Any, saved: dict[str, Any], what: str) -> None:
         """Copy saved arrays into `flat`, in place.  Errors: `CheckpointError` on any mismatch."""
-        views = self.cut(flat)
-        if saved.keys() != views.keys():
-            odd = sorted(saved.keys() ^ views.keys())
-            raise CheckpointError(f"{what}: saved and present parameters differ: {', '.join(odd)}")
-        for path, view in views.items():
-            if saved[path].shape != view.shape or saved[path].dtype != view.dtype:
-                raise CheckpointError(
-                    f"{what}: expected {view.dtype} {view.shape} for {path}, "
-                    f"found {saved[path].dtype} {saved[path].shape}"
-                )
-        for path, view in views.items():
-            view[...] = saved[path]
+        copy_in(self.cut(flat), saved, what)
+
+
+def copy_in(present: dict[str, Any], saved: dict[str, Any], what: str) -> None:
+    """Write saved arrays over those of the same names.
+
+    Errors: `CheckpointError` on any mismatch, before anything is written.
+    """
+    if saved.keys() != present.keys():
+        odd = ", ".join(sorted(saved.keys() ^ present.keys()))
+        raise CheckpointError(f"{what}: saved and present arrays differ: {odd}")
+    for name, array in present.items():
+        if saved[name].shape != array.shape or saved[name].dtype != array.dtype:
+            raise CheckpointError(
+                f"{what}: expected {array.dtype} {array.shape} for {name}, "
+                f"found {saved[name].dtype} {saved[name].shape}"
+            )
+    for name, array in present.items():
+        array[...] = xp_of(array).asarray(saved[name])
 
 
 # The few numbers that steer a step live beside the parameters, so that a step needs no
@@ -173,6 +180,34 @@ class Stepper:
 
     def measure(self, divide_by: float, clip: float | None) -> None:
         measure(self.flat.grad, self.control, divide_by=float(divide_by), clip=clip)
+
+    def count_step(self) -> None:
+        """t += 1, unless the step wrote nothing; and the gradient is cleared."""
+        self.control[STEP] += xp_of(self.control).isfinite(self.control[NORM])
+        self.flat.grad.fill(0)
+
+    def arrays(self) -> dict[str, Any]:
+        """What the optimizer goes on from, by name: moments by path ("m.blocks.0..."), control."""
+        raise NotImplementedError
+
+    def moments_by_path(self, **buffers: Any) -> dict[str, Any]:
+        """`arrays` of one whose moments lie as the parameters do."""
+        return {"control": self.control} | {
+            f"{name}.{path}": view
+            for name, flat in buffers.items()
+            for path, view in self.flat.cut(flat).items()
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Host copies of `arrays`, to be saved."""
+        return {name: to_numpy(array).copy() for name, array in self.arrays().items()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Copy a saved state in, in place.
+
+        Errors: `CheckpointError` on any mismatch, before anything is written.
+        """
+        copy_in(self.arrays(), state, "optimizer state")
 
     def norm(self) -> float:
         """The gradient norm of the last step, before clipping (waits for the device)."""

@@ -18,6 +18,23 @@ from ..engine.errors import CheckpointError, MiniloraError
 Shape = tuple[int, int]  # of a page: both moments, entries
 
 
+class Slots:
+    """Places for pages where the optimizer computes, by number; a new one holds NaN."""
+
+    def __init__(self, xp: Any, shape: Shape, dtype: Any):
+        self.xp, self.shape, self.dtype = xp, shape, np.dtype(dtype)
+        self.slots: dict[int, Any] = {}
+
+    def open(self, slot: int) -> None:
+        self.slots[slot] = self.xp.full(self.shape, np.nan, self.dtype)
+
+    def close(self, slot: int) -> None:
+        del self.slots[slot]
+
+    def array(self, slot: int) -> Any:
+        return self.slots[slot]
+
+
 class Copy:
     """A copy that waits to be run, and the event of its being done."""
 
@@ -25,22 +42,12 @@ class Copy:
         self.run, self.after = run, after
 
 
-class SimulatedDevice:
+class SimulatedDevice(Slots):
     """Pages in host memory; a copy runs when something waits for it, and not before."""
 
     def __init__(self, pages: int, shape: Shape, dtype: Any = np.float32):
+        super().__init__(np, shape, dtype)
         self.host = np.zeros((pages, *shape), dtype)
-        self.shape, self.dtype = shape, dtype
-        self.slots: dict[int, np.ndarray] = {}
-
-    def open(self, slot: int) -> None:
-        self.slots[slot] = np.full(self.shape, np.nan, self.dtype)
-
-    def close(self, slot: int) -> None:
-        del self.slots[slot]
-
-    def array(self, slot: int) -> np.ndarray:
-        return self.slots[slot]
 
     def copy_in(self, page: int, slot: int, after: list) -> Copy:
         return Copy(lambda: np.copyto(self.slots[slot], self.host[page]), after)
@@ -73,32 +80,29 @@ class SimulatedDevice:
         self.host[page] = values
 
 
-class FileDevice:
+class FileDevice(Slots):
     """Pages in a file, for state larger than memory: positioned reads and writes, no map.
 
-    The file is temporary, in `folder`, and gone with the device.
-    Errors: `CheckpointError` naming the file when the disk does not do what was asked.
+    The file is temporary, in `folder` or where the system keeps such files, which may be memory
+    itself, and gone with the device.
+    Errors: `MiniloraError` for a folder that cannot be written to; `CheckpointError` when the
+    disk does not do what was asked.
     """
 
     def __init__(
         self, pages: int, shape: Shape, dtype: Any = np.float32, folder: str | Path | None = None
     ):
-        self.shape, self.dtype = shape, np.dtype(dtype)
+        super().__init__(np, shape, dtype)
         self.nbytes = int(np.prod(shape)) * self.dtype.itemsize
-        self.file, name = tempfile.mkstemp(prefix="minilora-pages-", dir=folder)
+        try:
+            self.file, name = tempfile.mkstemp(prefix="minilora-pages-", dir=folder)
+        except OSError as error:
+            raise MiniloraError(
+                f"folder: expected one to write to, found {folder}: {error.strerror}"
+            ) from error
         os.unlink(name)  # it lives until it is closed, by us or by the end of the process
         weakref.finalize(self, os.close, self.file)
         os.ftruncate(self.file, pages * self.nbytes)
-        self.slots: dict[int, np.ndarray] = {}
-
-    def open(self, slot: int) -> None:
-        self.slots[slot] = np.full(self.shape, np.nan, self.dtype)
-
-    def close(self, slot: int) -> None:
-        del self.slots[slot]
-
-    def array(self, slot: int) -> np.ndarray:
-        return self.slots[slot]
 
     def copy_in(self, page: int, slot: int, after: list) -> None:
         view = memoryview(self.slots[slot]).cast("B")
@@ -128,7 +132,7 @@ class FileDevice:
                    "written")  # fmt: skip
 
 
-class CupyDevice:
+class CupyDevice(Slots):
     """Pages in pinned host memory, slots on the card, a stream for each direction.
 
     The host never waits but to `read` and `write`: copies wait for events in their own stream,
@@ -137,24 +141,13 @@ class CupyDevice:
     """
 
     def __init__(self, pages: int, shape: Shape, dtype: Any = np.float32):
-        self.cp = cupy()
-        self.shape, self.dtype = shape, np.dtype(dtype)
+        super().__init__(cupy(), shape, dtype)
         count = pages * int(np.prod(shape))
-        self.pinned = self.cp.cuda.alloc_pinned_memory(count * self.dtype.itemsize)
+        self.pinned = self.xp.cuda.alloc_pinned_memory(count * self.dtype.itemsize)
         self.host = np.frombuffer(self.pinned, self.dtype, count).reshape(pages, *shape)
         self.host[...] = 0
-        self.inward = self.cp.cuda.Stream(non_blocking=True)
-        self.outward = self.cp.cuda.Stream(non_blocking=True)
-        self.slots: dict[int, Any] = {}
-
-    def open(self, slot: int) -> None:
-        self.slots[slot] = self.cp.full(self.shape, np.nan, self.dtype)
-
-    def close(self, slot: int) -> None:
-        del self.slots[slot]
-
-    def array(self, slot: int) -> Any:
-        return self.slots[slot]
+        self.inward = self.xp.cuda.Stream(non_blocking=True)
+        self.outward = self.xp.cuda.Stream(non_blocking=True)
 
     def copy_in(self, page: int, slot: int, after: list) -> Any:
         self.order(self.inward, after)
@@ -172,10 +165,10 @@ class CupyDevice:
             stream.wait_event(event)
 
     def computed(self) -> Any:
-        return self.cp.cuda.get_current_stream().record()
+        return self.xp.cuda.get_current_stream().record()
 
     def wait(self, event: Any) -> None:
-        self.cp.cuda.get_current_stream().wait_event(event)
+        self.xp.cuda.get_current_stream().wait_event(event)
 
     def read(self, page: int) -> np.ndarray:
         self.outward.synchronize()
@@ -190,8 +183,13 @@ class CupyDevice:
 DEVICES = {"simulated": SimulatedDevice, "file": FileDevice, "cuda": CupyDevice}
 
 
-def page_device(name: str, pages: int, shape: Shape, dtype: Any) -> Any:
-    """A device by name.  Errors: `MiniloraError` listing the names there are."""
+def page_device(name: str, pages: int, shape: Shape, dtype: Any, **folder: Any) -> Any:
+    """A device by name; a `folder` for that of a file.
+
+    Errors: `MiniloraError` listing the names there are, or for a folder without a file.
+    """
     if name not in DEVICES:
         raise MiniloraError(f"pages: expected one of {', '.join(DEVICES)}; found {name!r}")
-    return DEVICES[name](pages, shape, dtype)
+    if folder and name != "file":
+        raise MiniloraError(f'folder: expected pages="file" beside it, found {name!r}')
+    return DEVICES[name](pages, shape, dtype, **folder)

@@ -1,13 +1,14 @@
 """AdamW whose moments leave the room: the same numbers to the bit, in as little as one page."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..engine.backend import to_numpy, xp_of
+from ..engine.backend import xp_of
 from ..engine.errors import MiniloraError
-from .adamw import adamw_update, count_step
-from .flat import Grouping, Stepper, by_shape, expect_betas
+from .adamw import adamw_update
+from .flat import Grouping, Stepper, by_shape, copy_in, expect_betas
 from .page_devices import page_device
 from .pager import Pager
 
@@ -18,7 +19,7 @@ class PagedAdamW(Stepper):
     A page holds both moments of one range of the flat buffer.  bitsandbytes pages only the
     states of tensors with 100,000 entries or more, and leaves eviction to the driver; here all
     are paged, and the pager knows the sweep.  `pages` names the device: "simulated", "file"
-    (state larger than memory), "cuda".
+    (state larger than memory, in a temporary file in `folder`), "cuda".
     Errors: `MiniloraError` for a budget below one page; `CheckpointError` from a step after a
     copy has failed: the state is lost until `restore`.
     """
@@ -35,6 +36,7 @@ class PagedAdamW(Stepper):
         page: int = 1 << 18,
         budget: int | None = None,
         pages: str | None = None,
+        folder: str | Path | None = None,
         policy: str = "next-use",
         ahead: int = 1,
     ):
@@ -53,7 +55,8 @@ class PagedAdamW(Stepper):
                 f"budget: expected at least one page of {self.page_bytes} bytes, found {budget}"
             )
         default = "simulated" if xp_of(data) is np else "cuda"
-        self.device = page_device(pages or default, count, (2, self.page), data.dtype)
+        where = {} if folder is None else {"folder": folder}
+        self.device = page_device(pages or default, count, (2, self.page), data.dtype, **where)
         self.pager = Pager(self.device, count, slots, policy, ahead)
 
     @property
@@ -79,7 +82,7 @@ class PagedAdamW(Stepper):
                         decay=self.weight_decay * group.decay, lr_factor=group.lr,
                     )  # fmt: skip
             self.pager.done(number)
-        count_step(self)
+        self.count_step()
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Both moments on the host, in the order of the flat buffer."""
@@ -89,28 +92,19 @@ class PagedAdamW(Stepper):
         n = self.flat.data.size
         return table[:, 0].reshape(-1)[:n], table[:, 1].reshape(-1)[:n]
 
-    def state(self) -> dict[str, Any]:
-        """Host arrays, laid out as those of `AdamW`: either restores the other."""
-        found = {"control": to_numpy(self.control).copy()}
-        for name, flat in zip("mv", self.moments(), strict=True):
-            found |= {f"{name}.{path}": a.copy() for path, a in self.flat.cut(flat).items()}
-        return found
+    def arrays(self) -> dict[str, Any]:
+        """As those of `AdamW`, whose state this one restores, and the reverse."""
+        m, v = self.moments()
+        return self.moments_by_path(m=m, v=v)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Copy a saved state in; what was lost is found again.
 
         Errors: `CheckpointError` on any mismatch, before anything is written.
         """
-        table = np.zeros((self.pager.pages, 2, self.page), self.flat.data.dtype)
-        n = self.flat.data.size
-        for i, name in enumerate("mv"):
-            flat = np.zeros(n, table.dtype)
-            part = {k.removeprefix(f"{name}."): v for k, v in state.items()
-                    if k.startswith(f"{name}.")}  # fmt: skip
-            self.flat.restore(flat, part, f"optimizer state {name}")
-            padded = np.zeros(table.shape[0] * self.page, table.dtype)
-            padded[:n] = flat
-            table[:, i] = padded.reshape(-1, self.page)
+        m, v = np.zeros((2, self.pager.pages * self.page), self.flat.data.dtype)
+        copy_in(self.moments_by_path(m=m, v=v), state, "optimizer state")
+        table = np.stack([m, v], axis=1).reshape(self.pager.pages, self.page, 2).swapaxes(1, 2)
         old = self.pager
         for number, values in enumerate(table):
             old.moved(self.device.write, number, values)
@@ -119,4 +113,3 @@ class PagedAdamW(Stepper):
             self.device.close(slot)
         self.pager = Pager(self.device, old.pages, len(slots), old.policy, old.ahead)
         self.pager.log = old.log
-        self.control[...] = xp_of(self.control).asarray(state["control"])

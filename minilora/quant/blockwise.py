@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.backend import is_array, to_numpy, xp_of
+from ..engine.backend import device_of, is_array, to_numpy, xp_of
 from ..engine.bf16 import empty
 from ..engine.errors import QuantError
 from ..engine.rules import rule
@@ -181,6 +181,6 @@ def quantize_array(w: Any, code: Code | str = "nf4", block: int = 64) -> Quantiz
     """`w` as codes and scales, on the device it is on.  Errors: as `quantize_blocks`."""
     if isinstance(code, str):
         code = code_named(code)
-    code = to_device(code, "cpu" if xp_of(w) is np else "cuda")
+    code = to_device(code, device_of(w))
     packed, scales = quantize_blocks(w, code=code, block=block)
     return QuantizedArray(packed, scales, code, w.shape, block, w.dtype)

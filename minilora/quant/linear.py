@@ -3,9 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-
-from ..engine.backend import xp_of
+from ..engine.backend import device_of, xp_of
+from ..engine.check import expect_finite
 from ..engine.errors import QuantError
 from ..engine.fused import frozen_linear
 from ..engine.rules import wide
@@ -69,7 +68,7 @@ def quantize(
         if path not in chosen:
             return node
         data = node.weight.data
-        device = "cpu" if xp_of(data) is np else "cuda"
+        device = device_of(data)
         if device not in tables:
             tables[device] = to_device(code_named(code), device)
         try:
@@ -98,16 +97,19 @@ WAYS = ("dequantized", "original", "requantized")
 def merge_quantized(
     adapted: Any, way: str = "dequantized", original: Any = None
 ) -> tuple[Any, dict[str, float]]:
-    """Merge adapters on quantized bases; the plain model, and the error made, path by path.
+    """Merge adapters, at least one on a quantized base; the model without adapters, and the
+    error made, path by path.
 
         "dequantized"   Ŵ + s B A        what was trained, in full precision
         "original"      W0 + s B A       onto the weights of `original`, never quantized
         "requantized"   Q(Ŵ + s B A)     four bits again
 
     The error is ‖merged - (Ŵ + s B A)‖ / ‖Ŵ + s B A‖: how far the result is from the
-    weights that the adapter was trained with.  `adapted` is left as it is.
-    Errors: `QuantError` for another way, no quantized base, or an `original` that is missing
-    or does not fit.
+    weights that the adapter was trained with.  `adapted` is left as it is; weights in codes that
+    had no adapter stay and are shared.
+    Errors: `NumericsError` naming the module whose merged weight would not be finite;
+    `QuantError` for another way, no quantized base, or an `original` that is missing or does
+    not fit.
     """
     if way not in WAYS:
         raise QuantError(f"way: expected one of {', '.join(WAYS)}; found {way!r}")
@@ -118,6 +120,7 @@ def merge_quantized(
         if isinstance(node, LoRALinear) and isinstance(node.base, QuantizedLinear):
             base = node.base
             trained = wide(base.dense()) + node.delta()
+            expect_finite(f"merge_quantized: {path}", trained)
             bias = None if base.bias is None else Tensor(base.bias.data.copy())
             if way == "original":
                 if path not in originals or originals[path].shape != base.shape:
@@ -132,8 +135,10 @@ def merge_quantized(
                 merged = Linear(Tensor(trained), bias)
             errors[path] = distance(wide(merged.dense()), trained)
             return merged
-        if isinstance(node, LoRALinear):
-            return node.merged()
+        if is_adapter(node):
+            plain = node.merged()
+            expect_finite(f"merge_quantized: {path}", plain.weight.data)
+            return plain
         return type(node)(node.data.copy()) if isinstance(node, Tensor) else node
 
     model = rebuild(adapted, fold)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.backend import to_device, to_numpy, xp_of
+from ..engine.backend import device_of, to_device, to_numpy
 from ..engine.errors import CheckpointError, MiniloraError
 from ..files import safetensors
 from ..files.atomic import clear_stale
@@ -150,7 +150,7 @@ def reinstate(
 ) -> None:
     """The inverse of `snapshot`, in place.  Errors: `CheckpointError` for another run's state."""
     expect_same_run(run, state.notes["run"], where)
-    device = "cpu" if xp_of(optimizer.flat.data) is np else "cuda"
+    device = device_of(optimizer.flat.data)
     arrays = {name: to_device(array, device) for name, array in state.arrays.items()}
 
     def under(prefix: str) -> dict[str, Any]:

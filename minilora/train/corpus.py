@@ -213,8 +213,3 @@ def padded(rows: list[Row]) -> Sequences:
         row[: len(ids) - 1] = ids[:-1]
         goal[: len(ids) - 1] = np.where(scored[1:], ids[1:], IGNORE)
     return Sequences({"ids": table, "targets": targets})
-
-
-def loss(model: Any, batch: Batch, rng: np.random.Generator | None) -> Any:
-    """Σ cross-entropy over the scored tokens."""
-    return model.loss(batch["ids"], batch["targets"], rng=rng)

@@ -29,7 +29,7 @@ class Data:
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
             raise MiniloraError(f"Data: expected arrays of one length >= 1, found {lengths}")
         targets = self.arrays.get("targets")
-        if targets is not None and targets.dtype.kind in "iu" and targets.ndim > 1:
+        if targets is not None and targets.dtype.kind in "iu":
             per_row = (targets != IGNORE).reshape(len(targets), -1).sum(axis=1)
         else:
             per_row = np.ones(len(self), np.int64)

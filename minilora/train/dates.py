@@ -10,8 +10,8 @@ from ..engine.errors import MiniloraError
 from ..engine.loss import IGNORE
 from ..files.trees import shipped_tree
 from ..model.transformer import TransformerConfig, init_transformer
-from .data import Batch, Data
-from .task import Settings, Splits, Task, argmax_hits
+from .data import Data
+from .task import Settings, Splits, Task, argmax_hits, token_loss
 
 MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"]
 FORMATS: dict[str, Callable[[datetime.date], str]] = {
@@ -67,11 +67,6 @@ def splits(seed: int, form: str, train: int = 4096) -> Splits:
     return Splits(*(examples(part, form) for part in (days[500:], days[:500], test)))
 
 
-def loss(model: Any, batch: Batch, rng: np.random.Generator | None) -> Any:
-    """Σ cross-entropy over the answer's characters."""
-    return model.loss(batch["ids"], batch["targets"], rng=rng)
-
-
 def exact_match(model: Any, data: Data) -> float:
     """The share of answers without a wrong character.
 
@@ -96,7 +91,7 @@ def task(form: str = "mon") -> Task:
         metric="exact match",
         base=lambda: shipped_tree("dates", init_transformer(CONFIG, np.random.default_rng(0))),
         splits=lambda seed: splits(seed, form),
-        loss=loss,
+        loss=token_loss,
         score=exact_match,
         before=lambda model: exact_match(model, iso),
         before_metric="ISO dates still right",

@@ -7,11 +7,10 @@ import numpy as np
 
 from ..engine.loss import IGNORE
 from ..files.trees import shipped_tree
-from ..model.layers import Rng
 from ..model.transformer import TransformerConfig, init_transformer
-from .data import Batch, Data
+from .data import Data
 from .loop import evaluate
-from .task import Settings, Splits, Task
+from .task import Settings, Splits, Task, token_loss
 
 KEYS, VALUES = 64, 32  # a fact: two of 64 keys, and one of 32 values, 5 bits
 CONFIG = TransformerConfig(
@@ -29,14 +28,9 @@ def facts(seed: int, n: int) -> Data:
     return Data({"ids": ids, "targets": targets})
 
 
-def loss(model: Any, batch: Batch, rng: Rng | None) -> Any:
-    """Σ cross-entropy of the values."""
-    return model.loss(batch["ids"], batch["targets"], rng=rng)
-
-
 def bits(model: Any, data: Data) -> float:
     """Bits stored: n (log₂ 32 - loss / ln 2), none where guessing would do better."""
-    surprise = evaluate(model, loss, data) / math.log(2)
+    surprise = evaluate(model, token_loss, data) / math.log(2)
     return max(0.0, len(data) * (math.log2(VALUES) - surprise))
 
 
@@ -50,7 +44,7 @@ def task(n: int = 1024) -> Task:
         metric="bits stored",
         base=lambda: shipped_tree("facts", init_transformer(CONFIG, np.random.default_rng(0))),
         splits=lambda seed: Splits(*[facts(1000 + seed, n)] * 3),
-        loss=loss,
+        loss=token_loss,
         score=bits,
         before=lambda model: bits(model, old),
         before_metric="old bits left",

@@ -9,10 +9,9 @@ import numpy as np
 from ..engine.errors import MiniloraError
 from ..engine.loss import IGNORE
 from ..files.trees import shipped_tree
-from ..model.layers import Rng
 from ..model.transformer import TransformerConfig, init_transformer
-from .data import Batch, Data
-from .task import Settings, Splits, Task, argmax_hits
+from .data import Data
+from .task import Settings, Splits, Task, argmax_hits, token_loss
 
 LETTERS = string.ascii_lowercase + "012345"  # 32 symbols
 N, ARROW = 6, 32  # letters of a word; the symbol between word and answer
@@ -50,11 +49,6 @@ def splits(way: str, seed: int) -> Splits:
     )
 
 
-def loss(model: Any, batch: Batch, rng: Rng | None) -> Any:
-    """Σ cross-entropy over the answers."""
-    return model.loss(batch["ids"], batch["targets"], rng=rng)
-
-
 def accuracy(model: Any, data: Data) -> float:
     """The share of right letters, each given the true ones before it."""
     right, all_scored = 0, 0
@@ -81,7 +75,7 @@ def task(way: str, head_only: bool = False) -> Task:
         metric="letters right",
         base=base,
         splits=lambda seed: splits(way, seed),
-        loss=loss,
+        loss=token_loss,
         score=accuracy,
         before=lambda model: accuracy(model, copied),
         before_metric="copies still right",

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.backend import xp_of
+from ..engine.backend import device_of, xp_of
 from ..engine.errors import CheckpointError, MiniloraError, NumericsError
 from ..engine.progress import progress
 from ..model.module import freeze, tensors
+from ..optim.flat import LR
 from .checkpoint import Checkpoints, Fit, Tally, digest_of, reinstate, snapshot
 from .data import Data, Order
-from .parallel import Loss, Shards, device_of
+from .parallel import Loss, Shards
 
 
 def eager(
@@ -61,7 +62,7 @@ def fit(
     the history gets a record; with `validation` it holds the mean loss there, the best model is
     the one returned, and `patience` records without a better one end the run.
 
-    With `checkpoints`, the state is saved with each record and on Ctrl-C; with `resume` the run
+    With `checkpoints`, the state is saved every `every` steps and on Ctrl-C; with `resume` the run
     goes on from the newest one, if there is one, and ends as if it had never stopped.
 
     `advance` makes a step: eagerly, or as a `fast.capture.CapturedStep`, on any device.
@@ -77,7 +78,7 @@ def fit(
             f"found {steps}, {every}, {accumulate}, {shards}"
         )
     order = Order(len(train), batch, seed)
-    model, base_lr = optimizer.model, float(optimizer.control[0])
+    model, base_lr = optimizer.model, float(optimizer.control[LR])
     xp = xp_of(optimizer.control)
     result = Fit(model)
     tally = Tally(xp.zeros(()))
@@ -116,7 +117,7 @@ def fit(
         reinstate(state, optimizer, tally, result, run, checkpoints.directory)
 
     if patience is not None and tally.waited >= patience:  # it had stopped early
-        steps = result.steps
+        steps, result.stopped = result.steps, "early"
     bar = progress(total=steps, label=label)
     bar.update(result.steps)
     with Shards(optimizer.flat, shards) as workers, interruptible() as interrupted:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.backend import xp_of
+from ..engine.backend import device_of, xp_of
 from ..engine.forked import Forked, can_fork, shared_zeros
 from ..engine.rules import only_reference
 from ..engine.workers import Pool, working
@@ -19,11 +19,6 @@ from ..optim.flat import Flat
 from .data import Batch, Data
 
 Loss = Callable[[Any, Batch, np.random.Generator], Any]
-
-
-def device_of(model_array: Any) -> str:
-    """ "cpu" or "cuda", by the array's library."""
-    return "cpu" if xp_of(model_array) is np else "cuda"
 
 
 class Shards:

@@ -14,7 +14,7 @@ from . import dates, digits, facts, letters, text
 from .data import Data
 from .loop import Fit, fit
 from .parallel import Loss
-from .task import Splits
+from .task import Splits, token_loss
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ RECIPES = {
     "dates": Recipe(
         transformer(dates.CONFIG),
         lambda: dates.splits(0, "iso", 8192),
-        dates.loss,
+        token_loss,
         dates.exact_match,
         steps=800,
         batch=64,
@@ -61,7 +61,7 @@ RECIPES = {
     "facts": Recipe(
         transformer(facts.CONFIG),
         lambda: same(facts.facts(0, 512)),
-        facts.loss,
+        token_loss,
         facts.bits,
         steps=1000,
         batch=256,
@@ -70,7 +70,7 @@ RECIPES = {
     "letters": Recipe(
         transformer(letters.CONFIG),
         lambda: letters.splits("copy", 0),
-        letters.loss,
+        token_loss,
         letters.accuracy,
         steps=700,
         batch=64,
@@ -79,7 +79,7 @@ RECIPES = {
     "text": Recipe(
         transformer(text.CONFIG),
         lambda: text.cut(text.shipped_text("shakespeare")),
-        text.loss,
+        token_loss,
         text.nats,
         steps=2500,
         batch=32,

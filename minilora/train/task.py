@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.backend import to_numpy
+from ..engine.backend import device_of, to_numpy
 from ..engine.rules import wide
 from ..model.module import freeze, tensors
-from .data import Data
-from .parallel import Loss, device_of
+from .data import Batch, Data
+from .parallel import Loss
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,11 @@ class Task:
     lower_is_better: bool = False
     per_parameter: str = ""  # what score / trainable parameters is called, where that says much
     facts: dict[str, Any] = field(default_factory=dict)  # what a test or a figure may need
+
+
+def token_loss(model: Any, batch: Batch, rng: np.random.Generator | None) -> Any:
+    """Σ cross-entropy over the targets that count."""
+    return model.loss(batch["ids"], batch["targets"], rng=rng)
 
 
 def argmax_hits(model: Any, data: Data, logits: Callable, batch: int = 256) -> Iterator[Any]:

@@ -10,11 +10,10 @@ import numpy as np
 from ..engine.errors import FormatError, MissingFileError
 from ..engine.loss import IGNORE
 from ..files.trees import DATA, shipped_tree
-from ..model.layers import Rng
 from ..model.transformer import TransformerConfig, init_transformer
-from .data import Batch, Data
+from .data import Data
 from .loop import evaluate
-from .task import Settings, Splits, Task
+from .task import Settings, Splits, Task, token_loss
 
 UNKNOWN = 0  # stands for every character outside the alphabet; never scored
 ALPHABET = "\ufffd\n " + string.ascii_letters + string.digits + ".,;:!?'\"-()[]&"
@@ -55,14 +54,9 @@ def cut(text: str) -> Splits:
     return Splits(windows(ids[:a], LENGTH // 2), windows(ids[a:b]), windows(ids[b:]))
 
 
-def loss(model: Any, batch: Batch, rng: Rng | None) -> Any:
-    """Σ cross-entropy over the characters."""
-    return model.loss(batch["ids"], batch["targets"], rng=rng)
-
-
 def nats(model: Any, data: Data) -> float:
     """The mean surprise by a character, in nats."""
-    return evaluate(model, loss, data)
+    return evaluate(model, token_loss, data)
 
 
 def base() -> Any:
@@ -121,7 +115,7 @@ def text_task(name: str, text: str, what: str) -> Task:
         lower_is_better=True,
         base=base,
         splits=lambda seed: data,
-        loss=loss,
+        loss=token_loss,
         score=nats,
         before=lambda model: nats(model, old),
         before_metric="nats on the plays",
