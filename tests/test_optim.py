@@ -292,7 +292,7 @@ OPTIMIZERS = {
     "sgd": lambda tree: SGD(tree, momentum=0.9),
     "adamw": AdamW,
     "8 bits": AdamW8bit,
-    "pages": lambda tree: PagedAdamW(tree, page=8, pages="simulated"),
+    "pages": lambda tree: PagedAdamW(tree, page=8),
 }
 
 

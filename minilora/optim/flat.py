@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ..engine.backend import to_numpy, xp_of
+from ..engine.backend import device_of, to_device, to_numpy, xp_of
 from ..engine.errors import CheckpointError, MiniloraError
 from ..engine.rules import rule
 from ..engine.tensor import Parameter
@@ -120,7 +120,7 @@ def copy_in(present: dict[str, Any], saved: dict[str, Any], what: str) -> None:
                 f"found {saved[name].dtype} {saved[name].shape}"
             )
     for name, array in present.items():
-        array[...] = xp_of(array).asarray(saved[name])
+        array[...] = to_device(saved[name], device_of(array))
 
 
 # The few numbers that steer a step live beside the parameters, so that a step needs no
