@@ -197,6 +197,21 @@ def test_what_it_says_of_the_speed_of_writing_of_codes_and_of_the_real_model():
                for rate in bench_record(name)["ceilings"].values())  # fmt: skip
 
 
+def test_what_it_says_of_four_bits_on_the_real_model_is_in_the_record():
+    record = record_of("perplexity")
+    flat = " ".join(README.split())
+    _, nf4, double, fp4, int4 = record["rows"]
+    assert [row["code"] for row in record["rows"]] == record["config"]["codes"]
+    assert (
+        "perplexity {:.1f} in float32, {:.1f} in NF4, {:.1f} with double quantization, "
+        "{:.1f} in FP4, {:.1f} in INT4".format(*(row["perplexity"] for row in record["rows"]))
+    ) in flat
+    assert f"over {record['data']['windows']} windows" in flat
+    more = ["{above:.2f} ± {error:.2f}".format(**row) for row in (nf4, double, fp4, int4)]
+    assert more[0] == more[1]
+    assert "{} for NF4 either way, {} for FP4, {} for INT4".format(*more[1:]) in flat
+
+
 def test_what_it_says_of_forgetting_is_in_the_record():
     record = record_of("forgetting")
     assert record["config"]["seeds"] >= 3
