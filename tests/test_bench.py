@@ -231,16 +231,13 @@ def test_threads_are_asserted(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "contender, kind, width", [("minilora", "step", 1), ("blas", "step", 2), ("torch", "step", 2),
-    ("bnb", "quantize", 2), ("blas", "generate", 2), ("minilora", "generate", None),
-    ("minilora", "optimizer", 1)]
+    "contender, kind, n, width", [("minilora", "step", 2, 1), ("blas", "step", 2, 2),
+    ("torch", "step", 2, 2), ("bnb", "quantize", 2, 2), ("minilora", "optimizer", 2, 1),
+    ("minilora", "generate", 2, 1 if can_fork() else 2), ("blas", "generate", 2, 2),
+    ("minilora", "generate", 8, 8)]  # more than heads
 )  # fmt: skip
-def test_the_width_of_a_product_in_each_worker(contender, kind, width):
-    if width is None:  # a process for each thread, where there can be some
-        width = 1 if can_fork() else 2
-        many = Job(contender, SHAPES["S0"], kind=kind, threads=8)
-        assert blas_threads(many) == 8  # of four heads
-    assert blas_threads(Job(contender, SHAPES["S0"], kind=kind, threads=2)) == width
+def test_the_width_of_a_product_in_each_worker(contender, kind, n, width):
+    assert blas_threads(Job(contender, SHAPES["S0"], kind=kind, threads=n)) == width
 
 
 @pytest.mark.parametrize(

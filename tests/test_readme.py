@@ -176,10 +176,10 @@ def test_what_it_says_of_the_speed_of_writing_of_codes_and_of_the_real_model():
         if row["contender"] == "blas"
     }
     assert all(abs(1 - single[f"S{i} full, batch 1"]) < 0.06 for i in (1, 2, 3))
-    assert f"two take {single['S0 full, batch 1']:.2f} of its time there" in flat
-    assert f"{single['S0 full, batch 8']:.2f} with eight sequences" in flat
+    assert f"at S0, where two processes take {single['S0 full, batch 1']:.2f} of its time" in flat
+    assert f"eight sequences they take {single['S0 full, batch 8']:.2f} of its time at S0" in flat
     wide = [single[f"S{i} full, batch 8"] for i in (1, 2, 3)]
-    assert f"{min(wide):.2f} to {max(wide):.2f} of it with eight at S1 to S3" in flat
+    assert f"{min(wide):.2f} to {max(wide):.2f} at S1 to S3" in flat
     for name, words in (("quantize", "of bitsandbytes' time"), ("quantize_intel", "(`figures/")):
         codes = [row["ratio"] for case in bench_record(name)["cases"] for row in case["rows"]
                  if row["contender"] == "bnb"]  # fmt: skip

@@ -1,5 +1,6 @@
 """NumPy's BLAS: what it is, on how many threads it works, and how it multiplies few rows."""
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -33,3 +34,12 @@ def small_kernels() -> bool:
 def on_one_thread() -> bool:
     """Is it known to work on a single thread now?"""
     return library() is not None and library().num_threads == 1
+
+
+def one_blas_thread() -> AbstractContextManager:
+    """A context in which it has one thread, where threadpoolctl is installed."""
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError:
+        return nullcontext()
+    return threadpool_limits(1, user_api="blas")

@@ -54,8 +54,7 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
         if name == "init_lora_weights":
             if not any(value is init or value == init for init in INITS):
                 refuse(name, "an initialization that leaves the base alone")
-        # A setting that is not known here must say no.
-        elif not known and value not in (None, False, [], {}):
+        elif not known and value not in (None, False, [], {}):  # what is not known must say no
             refuse(name, "nothing: this is not done here")
     if type(config.get("r")) is not int or not 1 <= config["r"] <= MAX_RANK:
         refuse("r", f"a whole number in 1..{MAX_RANK}")

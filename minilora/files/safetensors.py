@@ -92,7 +92,8 @@ class SafeTensors(Entries):
     """
 
     def __init__(self, entries: dict[str, Entry], metadata: dict[str, str], allow_nonfinite: bool):
-        self.entries, self.metadata, self.allow_nonfinite = entries, metadata, allow_nonfinite
+        super().__init__(entries, allow_nonfinite)
+        self.metadata = metadata
 
     @property
     def verified(self) -> bool:
@@ -101,10 +102,7 @@ class SafeTensors(Entries):
 
 
 def read(
-    path: str | os.PathLike,
-    *,
-    verify: bool = True,
-    allow_nonfinite: bool = False,
+    path: str | os.PathLike, *, verify: bool = True, allow_nonfinite: bool = False
 ) -> SafeTensors:
     """The tensors of one file: name -> read-only array.  `dict(read(path))` takes them all.
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from .. import __version__
 from ..engine.backend import device_of, xp_of
+from ..engine.blas import one_blas_thread
 from ..engine.check import retained
 from ..engine.errors import MiniloraError, NumericsError
 from ..engine.progress import progress
@@ -326,17 +327,6 @@ def step_times(arms: list[Arm], task: Task, rounds: int = 7) -> list[float]:
                 step(optimizer)
                 taken.append(1e3 * (time.perf_counter() - began))
     return [statistics.median(taken[1:]) for taken in times]
-
-
-def one_blas_thread() -> Any:
-    """A context in which BLAS uses one thread, where threadpoolctl is installed."""
-    try:
-        from threadpoolctl import threadpool_limits
-    except ImportError:
-        from contextlib import nullcontext
-
-        return nullcontext()
-    return threadpool_limits(1, user_api="blas")
 
 
 def versions() -> dict[str, str]:

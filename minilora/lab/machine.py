@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
+from ..engine.blas import library
 from ..engine.forked import copies
 
 
@@ -139,18 +140,13 @@ def processor() -> str:
 
 def blas() -> str:
     """NumPy's BLAS: its name, version and kernels, and whether the environment chose those."""
-    try:
-        from threadpoolctl import threadpool_info
-    except ImportError:
-        found = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-        return f"{found['name']} {found['version']}"
-    for pool in threadpool_info():
-        if pool["user_api"] == "blas":
-            kernels = pool.get("architecture", "?")
-            if "OPENBLAS_CORETYPE" in os.environ:
-                kernels += ", by OPENBLAS_CORETYPE"
-            return f"{pool['internal_api']} {pool['version']} ({kernels})"
-    return "unknown"
+    if (found := library()) is None:
+        built = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+        return f"{built['name']} {built['version']}"
+    kernels = getattr(found, "architecture", "?")
+    if "OPENBLAS_CORETYPE" in os.environ:
+        kernels += ", by OPENBLAS_CORETYPE"
+    return f"{found.internal_api} {found.version} ({kernels})"
 
 
 def machine() -> dict[str, Any]:

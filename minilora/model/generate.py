@@ -168,6 +168,7 @@ def decoding_order(d_out: int, d_in: int) -> str:
     A large one stays row by row, too, where a few rows meet it in stacks of its rows (on the one
     thread of a BLAS with `small_kernels`): each then lies in one piece.
     """
+    # Up to 2^17 entries, a product with eight rows needs no stacks.
     stacks = d_out * d_in > 1 << 17 and small_kernels() and on_one_thread()
     return "F" if d_out >= d_in and not stacks else "C"
 

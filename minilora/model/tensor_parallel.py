@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ..engine.backend import xp_of
+from ..engine.blas import one_blas_thread
 from ..engine.errors import MiniloraError
 from ..engine.forked import Forked, can_fork
 from ..engine.rules import only_reference, wide
@@ -89,9 +90,7 @@ class TensorParallel:
             raise MiniloraError("tensor parallel: expected to be entered once at a time")
         with ExitStack() as stack:
             if self.workers > 1:
-                from threadpoolctl import threadpool_limits
-
-                stack.enter_context(threadpool_limits(1, user_api="blas"))
+                stack.enter_context(one_blas_thread())
             self.part = part_of(self.whole, self.team)
             self.resources = stack.pop_all()
         return self
@@ -147,7 +146,7 @@ class TensorParallel:
         if self.copies is None or self.made_for != made_for:
             self.let_go()
             self.made_for = made_for
-            self.part = part_of(self.whole, self.team)  # as theirs
+            self.part = part_of(self.whole, self.team)  # again, of the same moment as theirs
             self.team.gather()
             self.copies = Forked(self.workers - 1, partial(self.follow, function), self.begin)
             self.team.watch = lambda rank: self.copies.left(rank - 1)
