@@ -22,9 +22,9 @@ class Team:
     """`size` processes that make the same calls in the same order.  `rank` says which this is.
 
     Made by the first of them, which calls `gather` and forks the others; each calls `begin`.
-    Who waits looks again and again: to wake a process takes longer than a layer's part of a
-    token.  Of a longer wait `watch(rank)` is asked every second whether that one can still
-    come; if not, it gives a function that says why and raises.
+    Who waits looks again and again: to sleep and be woken costs either side some 5 us more, and
+    a token has two meetings a layer.  Of a longer wait `watch(rank)` is asked every second
+    whether that one can still come; if not, it gives a function that says why and raises.
     """
 
     def __init__(self, size: int, slot: int = SLOT):
