@@ -41,7 +41,12 @@ def test_the_record_holds_what_the_table_shows(record):
         assert len(arm["scores"]) == 2
         assert arm["mean"] == pytest.approx(np.mean(arm["scores"]))
         assert arm["spread"] == pytest.approx(np.std(arm["scores"], ddof=1))
-        best = min(arm["rates"], key=lambda rate: rate["val_loss"])
+        assert all(rate["val_losses"][0] == rate["val_loss"] for rate in arm["rates"])
+        first, second, *_ = sorted(arm["rates"], key=lambda rate: rate["val_loss"])
+        tied = [rate for rate in arm["rates"] if len(rate["val_losses"]) == 2]  # on both seeds
+        ties = second["val_loss"] <= (1 + lab.TIE) * first["val_loss"]
+        assert {rate["lr"] for rate in tied} == {first["lr"], *([second["lr"]] if ties else [])}
+        best = min(tied, key=lambda rate: np.mean(rate["val_losses"]))
         assert arm["lr"] == best["lr"]
         assert arm["scores"][0] == best["score"]  # the selection run is the first of them
         tried = [rate["lr"] for rate in arm["rates"]]
@@ -92,8 +97,29 @@ def test_a_rate_that_diverges_is_a_finding(monkeypatch):
     rates = record["arms"][0]["rates"]
     assert [r["val_loss"] is None for r in rates] == [False, False, True]
     assert record["arms"][0]["gain_share"] is None  # no full fine-tuning to compare with
-    with pytest.raises(MiniloraError, match="every rate diverged"):
-        lab.choose("x", [{"lr": 1, "diverged": "why"}])
+    with pytest.raises(MiniloraError, match="every rate diverged; why"):
+        lab.closest("x", [{"lr": 1, "val_loss": None, "diverged": "why"}])
+
+
+def run(lr, seed, loss):
+    return {"lr": lr, "seed": seed, "val_loss": loss} | ({} if loss else {"diverged": "why"})
+
+
+def test_rates_that_tie_on_the_first_seed_are_chosen_by_all_of_them():
+    for losses, expected in (
+        ((2.0, 2.19, 2.1, None), [1, 3]),  # at most two
+        ((None, 2.21, 2.0), [3]),
+        ((-2.0, -1.81), [1, 2]),
+    ):
+        first = [run(lr, 0, loss) for lr, loss in enumerate(losses, start=1)]
+        assert [one["lr"] for one in lab.closest("x", first)] == expected
+    fair = [[run(1, 0, 2.0), run(1, 1, 9.0)], [run(2, 0, 2.1), run(2, 1, 2.2)]]
+    assert lab.choose("x", fair) == fair[1]
+    lost = [[run(1, 0, 2.0), run(1, 1, 2.0)], [run(2, 0, 1.9), run(2, 1, None)]]
+    assert lab.choose("x", lost) == lost[0]
+    for gone, found in ((None, "why"), (np.inf, "validation loss inf")):
+        with pytest.raises(MiniloraError, match=f"x at 2, seed 1: {found}"):
+            lab.choose("x", [[run(2, 0, 1.9), run(2, 1, gone)]])
 
 
 def test_quantized_arms_start_from_codes():

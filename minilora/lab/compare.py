@@ -2,7 +2,9 @@
 
 Every arm gets the same treatment: its learning rate is chosen by validation loss on the
 first seed from at least three, then it is trained on every seed at that rate and reported
-on test data.  The selection run at the chosen rate is the first of those runs.
+on test data.  The selection run at the chosen rate is the first of those runs.  Where the
+second best rate is so close that another machine's rounding could have put it first, both are
+trained on every seed, and the lower mean chooses.
 """
 
 import math
@@ -37,6 +39,7 @@ from .ledger import held_bytes
 
 DEFAULT_METHODS = ("full", "lora", "qlora")
 QLORA_RANK = 8  # the one rank at which the default run shows QLoRA
+TIE = 0.1  # of a validation loss: what rounding alone moved it by, from one machine to another
 
 
 @dataclass(frozen=True)
@@ -184,42 +187,46 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         for arm in arms
         for lr in rates_of(arm, task, config.rates)
     ]
-    more = len(arms) * (config.seeds - 1)
-    bar = progress(total=len(sweep) + more, label=f"compare {config.task}")
     runs: dict[str, list[dict]] = {arm.name: [] for arm in arms}
-    for run in spread(train_arm, sweep, config.jobs):
+    for run in progress(
+        spread(train_arm, sweep, config.jobs), total=len(sweep), label=f"{config.task}: rates"
+    ):
         runs[run["arm"]].append(run)
-        bar.update(1)
-    chosen = {name: choose(name, tried) for name, tried in runs.items()}
+    close = {name: closest(name, tried) for name, tried in runs.items()}
     rest = [
-        (config.task, arm, chosen[arm.name]["lr"], seed, config.steps)
+        (config.task, arm, run["lr"], seed, config.steps)
         for arm in arms
+        for run in close[arm.name]
         for seed in range(1, config.seeds)
     ]
-    reported = {name: [run] for name, run in chosen.items()}
-    for run in spread(train_arm, rest, config.jobs):
-        if "diverged" in run:
-            raise NumericsError(
-                f"{run['arm']} at {run['lr']}, seed {run['seed']}: {run['diverged']}"
-            )
-        reported[run["arm"]].append(run)
-        bar.update(1)
-    bar.close()
+    at_rate = {(name, run["lr"]): [run] for name, tried in runs.items() for run in tried}
+    for run in progress(
+        spread(train_arm, rest, config.jobs), total=len(rest), label=f"{config.task}: seeds"
+    ):
+        at_rate[run["arm"], run["lr"]].append(run)
+    reported = {
+        name: choose(name, [at_rate[name, run["lr"]] for run in tied])
+        for name, tied in close.items()
+    }
 
     base = task.base()
     base_score = task.score(base, task.splits(0).test)
     entries = []
     for arm in arms:
         name = arm.name
-        scores = [run["score"] for run in reported[name]]
+        lr, scores = reported[name][0]["lr"], [run["score"] for run in reported[name]]
         before = [run["before"] for run in reported[name] if run["before"] is not None]
         entries.append({
             "name": name,
             "method": arm.method,
             "rank": arm.rank,
-            "lr": chosen[name]["lr"],
-            "lr_at_edge": at_edge(chosen[name]["lr"], [run["lr"] for run in runs[name]]),
-            "rates": [{k: run[k] for k in ("lr", "val_loss", "score")} for run in runs[name]],
+            "lr": lr,
+            "lr_at_edge": at_edge(lr, [run["lr"] for run in runs[name]]),
+            "rates": [
+                {k: run[k] for k in ("lr", "val_loss", "score")}
+                | {"val_losses": [one["val_loss"] for one in at_rate[name, run["lr"]]]}
+                for run in runs[name]
+            ],
             "scores": scores,
             "mean": statistics.mean(scores),
             "spread": statistics.stdev(scores) if len(scores) > 1 else None,
@@ -252,12 +259,33 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     }
 
 
-def choose(name: str, tried: list[dict[str, Any]]) -> dict[str, Any]:
-    """The run with the lowest validation loss.  Errors: `NumericsError` if all diverged."""
-    sound = [run for run in tried if "diverged" not in run and math.isfinite(run["val_loss"])]
+def closest(name: str, tried: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The run with the lowest validation loss, and the next if that is within `TIE` of it.
+
+    Errors: `NumericsError` if all diverged.
+    """
+    sound = sorted(filter(is_sound, tried), key=lambda run: run["val_loss"])
     if not sound:
         raise NumericsError(f"{name}: every rate diverged; {tried[0].get('diverged')}")
-    return min(sound, key=lambda run: run["val_loss"])
+    lowest = sound[0]["val_loss"]
+    return [run for run in sound[:2] if run["val_loss"] <= lowest + TIE * abs(lowest)]
+
+
+def choose(name: str, candidates: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Of the runs of one rate or two, over all seeds, those with the lower mean validation loss.
+
+    Errors: `NumericsError` if each rate diverged on some seed.
+    """
+    sound = [runs for runs in candidates if all(map(is_sound, runs))]
+    if not sound:
+        run = next(run for run in candidates[0] if not is_sound(run))
+        found = run.get("diverged") or f"validation loss {run['val_loss']}"
+        raise NumericsError(f"{name} at {run['lr']}, seed {run['seed']}: {found}")
+    return min(sound, key=lambda runs: statistics.mean(run["val_loss"] for run in runs))
+
+
+def is_sound(run: dict[str, Any]) -> bool:
+    return run["val_loss"] is not None and math.isfinite(run["val_loss"])
 
 
 def at_edge(lr: float, tried: list[float]) -> bool:

@@ -2,6 +2,7 @@
 
 import statistics
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..model.module import count
 from ..optim.adamw import AdamW
 from ..train.loop import evaluate
 from ..train.tasks import get_task
-from .compare import choose, fit_task, spread, versions
+from .compare import choose, closest, fit_task, spread, versions
 from .figures import BLUE, RED, canvas, save
 from .report import table
 
@@ -49,6 +50,7 @@ def train_choice(name: str, lr: float, seed: int, alpha: float = 8.0) -> dict[st
     result = fit_task(task, optimizer, data.train, seed)
     return {
         "lr": lr,
+        "seed": seed,
         "val_loss": evaluate(result.model, task.loss, data.validation),
         "score": task.score(result.model, data.test),
         "trainable": count(result.model, trainable=True),
@@ -56,18 +58,20 @@ def train_choice(name: str, lr: float, seed: int, alpha: float = 8.0) -> dict[st
 
 
 def targets(config: TargetsConfig) -> dict[str, Any]:
-    """Each choice at its own best rate (by seed 0's validation loss), over seeds."""
+    """Each choice at its own best rate, as `compare` chooses it, over seeds."""
     tries = [(name, lr, 0, config.alpha) for name in CHOICES for lr in config.rates]
     runs = list(progress(spread(train_choice, tries, config.jobs), total=len(tries)))
     rows = []
     for i, name in enumerate(CHOICES):
         tried = runs[i * len(config.rates) : (i + 1) * len(config.rates)]
-        best = choose(name, tried)
-        more = [(name, best["lr"], seed, config.alpha) for seed in range(1, config.seeds)]
-        found = [best, *spread(train_choice, more, config.jobs)]
+        close = closest(name, tried)
+        seeds = range(1, config.seeds)
+        more = [(name, run["lr"], seed, config.alpha) for run in close for seed in seeds]
+        rest = iter(list(spread(train_choice, more, config.jobs)))
+        found = choose(name, [[run, *islice(rest, len(seeds))] for run in close])
         rows.append({
-            "choice": name, "rank": CHOICES[name][1], "trainable": best["trainable"],
-            "lr": best["lr"], "rates": tried, "scores": [run["score"] for run in found],
+            "choice": name, "rank": CHOICES[name][1], "trainable": found[0]["trainable"],
+            "lr": found[0]["lr"], "rates": tried, "scores": [run["score"] for run in found],
             "losses": [run["val_loss"] for run in found],
         })  # fmt: skip
     return {"kind": "targets", "config": asdict(config), "rows": rows, "versions": versions()}
