@@ -108,7 +108,7 @@ def test_scratch_is_bounded_by_the_largest_weight_not_by_how_many(method):
 def test_few_tokens_need_no_dense_weight(length):
     """An adapter's fast rule leaves them to the specification."""
     setting = Setting(STYLES["gpt2"], "lora", batch=1, length=length, optimizer="sgd")
-    found = ledger(setting)["scratch"]["dense weight and change"]
+    found = ledger(setting)["scratch"]["adapted weight"]
     assert (found > 0) == (length == LEAST)
     arena.buffers.clear()
     counted(setting)

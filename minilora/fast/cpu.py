@@ -28,6 +28,7 @@ from ..engine.graph import together
 from ..engine.loss import head_cross_entropy
 from ..engine.rules import wide
 from ..engine.tensor import swap
+from ..model.layers import Linear
 
 # Entries of a block: 512 KiB of float32, half a level-2 cache.  Each call into NumPy hands the
 # interpreter to the other threads and may have to wait for it after: shorter blocks cost more.
@@ -143,7 +144,7 @@ def inverse_sigmoid(x, out):
 
 @lora_linear.on("numpy")
 def _(xp, x, A, B, *, base, scale, wants):
-    """One product with W0 + s B A, written into scratch here and again on the way back."""
+    """One product with W0 + s B A, which is made here and again on the way back."""
     shape, (d_out, d_in) = x.shape, base.shape
     x = rows(x)
     if not real(x, A, B) or len(x) < LEAST or shape[-1] != d_in:
@@ -152,10 +153,14 @@ def _(xp, x, A, B, *, base, scale, wants):
         return NotImplemented  # the specification says what is wrong
 
     def updated():
-        W = base.dense(arena.take("lora weight", (d_out, d_in), x_dtype))
-        if B.any():  # W + 0 is W, but -0 + 0 is not -0
-            change = np.matmul(B * scale, A, out=arena.take("lora change", W.shape, x_dtype))
-            W += change
+        """W0 + s B A, in scratch; W0 itself as long as B is zero."""
+        W0 = base.dense() if isinstance(base, Linear) else None
+        if W0 is None or W0.dtype != x_dtype:  # in codes or narrower
+            W0 = base.dense(arena.take("dense weight", (d_out, d_in), x_dtype))
+        if not B.any():
+            return W0
+        W = np.matmul(B * scale, A, out=arena.take("lora weight", W0.shape, x_dtype))
+        W += W0
         return W
 
     x_dtype = x.dtype

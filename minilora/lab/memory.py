@@ -202,12 +202,14 @@ def scratch(setting: Setting) -> dict[str, int]:
     group = min(setting.batch, max(1, 2 * CACHED // (H * tile * T)))  # sequences at a time
     found = {
         "logits": b * min(CHUNK, scored) * config.vocab,
-        "dense weight and change": 2 * b * largest if setting.tokens >= LEAST else 0,
+        "adapted weight": b * largest if setting.tokens >= LEAST else 0,
         "attention": b * group * H * (2 * tile * T + tile * D + T * D),
         "optimizer": 2 * b * min(CACHED, max(trainable_count(setting), 1)),
     }
     found["norm"] = b * min(setting.tokens, max(1, CACHED // config.width)) * config.width
-    if setting.method == "qlora":  # from when the codes were made: v, and a byte for each threshold
+    if setting.method == "qlora":
+        found["dense weight"] = found["adapted weight"]
+        # From when the codes were made: v, and a byte for each threshold.
         code = code_named(setting.code)
         each = 4 if code.bits == 8 else 4 + len(code.thresholds) + 1
         found["quantizer"] = each * min(QUANTIZED, largest)
