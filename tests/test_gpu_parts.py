@@ -146,6 +146,28 @@ def test_what_compute_sanitizer_says(says, tmp_path, monkeypatch):
         assert "Invalid read" in found["said"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="a script of the shell")
+def test_ctrl_c_leaves_nothing_running(tmp_path, monkeypatch):
+    tool, started = tmp_path / "compute-sanitizer", []
+    tool.write_text("#!/bin/sh\nexec sleep 60\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    class Pressed(gpu_watch.subprocess.Popen):
+        def communicate(self, timeout=None):
+            if self not in started:
+                started.append(self)
+                raise KeyboardInterrupt
+            return super().communicate(timeout)
+
+    monkeypatch.setattr(gpu_watch.subprocess, "Popen", Pressed)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_watch.watched("memcheck", ["run"])
+    left = started[0].poll() is None
+    started[0].kill()
+    assert not left
+
+
 def test_where_there_is_none_it_is_named(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     for name in ("CUDA_HOME", "CUDA_PATH"):

@@ -38,9 +38,11 @@ def watched(
     )  # fmt: skip
     try:
         text, _ = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
+    except BaseException as error:  # Ctrl-C too, which does not reach a session of its own
         os.killpg(process.pid, signal.SIGKILL)  # the command too, which is a child of its own
         process.communicate()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
         return entry | {"not run": f"not done within {limit:.0f} s"}
     lines = [line.strip("= ") for line in text.splitlines() if line.strip("= ")]
     summary = next((line for line in reversed(lines) if "SUMMARY" in line), None)
