@@ -26,6 +26,7 @@ from minilora.lab.memory import (
 )
 from minilora.lab.memory_report import (
     MODELS,
+    card_of,
     config_of,
     memory_by_model,
     memory_record,
@@ -257,6 +258,17 @@ def test_the_counts_of_adapters():
 # ---------------------------------------------------------------------------- the command
 
 
+def test_a_card_holds_the_peak_of_a_step_and_not_its_total_alone():
+    setting = Setting(config_of("llama-7b"), "qlora", rank=64, batch=8, dtype="bf16",
+                      recompute=True)  # fmt: skip
+    record = memory_record("llama-7b", setting)
+    entry = record["methods"]["qlora"]
+    assert entry["total"] < 8e9 < entry["peak"]
+    assert card_of(entry) == 24
+    (row,) = [row for row in memory_table(record).splitlines() if row.startswith("qlora")]
+    assert row.split()[-6:] == ["7.8", "GB", "8.5", "GB", "24", "GB"]
+
+
 def test_the_table_and_the_figure(tmp_path):
     records = [
         memory_record(name, Setting(config_of(name), "qlora", rank=8, dtype="bf16"))
@@ -283,6 +295,8 @@ def test_the_committed_record_is_what_the_command_writes_today(tmp_path):
         (["--model", "gpt9"], "gpt9"),
         (["--rank", "0"], "rank"),
         (["--length", "99999"], "length"),
+        (["--block", "0"], "block: expected one of"),
+        (["--block", "48"], "block: expected one of"),
         (["--optimizer", "lion"], "lion"),
         (["--method", "dora"], "dora"),
     ],

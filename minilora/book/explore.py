@@ -11,7 +11,7 @@ from typing import Any
 from ..engine.errors import FormatError, MiniloraError, MissingFileError
 from ..lab.figures import BLACK, BLUE, GREEN, MARKS, ORANGE, PURPLE, RED, SKY, canvas
 from ..lab.memory import Setting
-from ..lab.memory_report import CARDS, MODELS, grouped, memory_record
+from ..lab.memory_report import CARDS, MODELS, card_of, grouped, memory_record
 from ..train.tasks import TASKS
 
 CODES = {
@@ -193,10 +193,9 @@ def model_frames(record: dict[str, Any]) -> list[Frame]:
                 label = kind if y == 0 else None
                 ax.barh(y, n / 1e9, 0.62, left=left, color=KINDS[kind], label=label)
                 left += n / 1e9
-            fits = next(
-                (f"a card of {card} GB" for card in CARDS if left <= card), "no single card"
-            )
-            said = f"{left:,.1f} GB: {fits}"
+            card = card_of(one)
+            fits = f"a card of {card} GB" if card else "no single card"
+            said = f"{one['peak'] / 1e9:,.1f} GB: {fits}"
             ax.text(left + 0.01 * wide, y, said, va="center", fontsize=10, bbox=PAPER)
             words.append(f"{method} {said}")
         for card in CARDS:

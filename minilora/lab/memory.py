@@ -12,6 +12,7 @@ from ..model.targets import ALL_LINEAR, matches
 from ..model.transformer import TransformerConfig
 from ..optim.adam8bit import BLOCK, SMALL
 from ..optim.flat import CONTROL
+from ..quant.blockwise import BLOCKS
 from ..quant.codes import code as code_named
 
 METHODS = ("full", "lora", "qlora")
@@ -57,7 +58,8 @@ class Setting:
         for name in ("rank", "batch", "length"):
             if getattr(self, name) < 1:
                 raise MiniloraError(f"{name}: expected a whole number >= 1")
-
+        if self.block not in BLOCKS:
+            raise MiniloraError(f"block: expected one of {BLOCKS}, found {self.block}")
         if self.length > self.config.context:
             raise MiniloraError(
                 f"length: expected at most {self.config.context}, found {self.length}"

@@ -105,13 +105,15 @@ def memory_table(record: dict[str, Any]) -> str:
             rows.append([label, f"{n:,}", size(n)])
     rows.append(["total", f"{mine['total']:,}", size(mine["total"])])
     rows.append(["peak of a step", f"{mine['peak']:,}", size(mine["peak"])])
-    side = [["method", "trainable", "weights", "gradients", "optimizer", "saved", "total", "fits"]]
+    side = [["method", "trainable", "weights", "gradients", "optimizer", "saved", "total", "peak",
+             "fits"]]  # fmt: skip
     for method, entry in record["methods"].items():
         groups = grouped(entry)
-        gb = entry["total"] / 1e9
-        fits = next((f"{card} GB" for card in CARDS if gb <= card), "no single card")
+        gb = [f"{entry[key] / 1e9:,.1f} GB" for key in ("total", "peak")]
+        card = card_of(entry)
+        fits = f"{card} GB" if card else "no single card"
         cells = [size(groups[k]) for k in ("weights", "gradients", "optimizer", "saved")]
-        side.append([method, f"{entry['trainable']:,}", *cells, f"{gb:,.1f} GB", fits])
+        side.append([method, f"{entry['trainable']:,}", *cells, *gb, fits])
     title = (
         f"{record['model']}: {record['parameters']:,} parameters, {record['method']}, "
         f"batch {setting['batch']} x {setting['length']} tokens, rank {setting['rank']}, "
@@ -119,6 +121,11 @@ def memory_table(record: dict[str, Any]) -> str:
     )
     title += f"\nactivations and scratch: under the {mine['rules']}"
     return f"{title}\n\n{table(rows)}\n\n{table(side)}\n\n{papers_text(record)}"
+
+
+def card_of(entry: dict[str, Any]) -> int | None:
+    """GB of the smallest card that holds a ledger's peak; None for more than one card has."""
+    return next((card for card in CARDS if entry["peak"] / 1e9 <= card), None)
 
 
 def grouped(entry: dict[str, Any]) -> dict[str, int]:
