@@ -46,10 +46,13 @@ def perplexity(config: PerplexityConfig) -> dict[str, Any]:
 
     The windows lie evenly over the text; each begins without context, so that the figures
     are for comparing models on one setting, not for comparing settings.
-    Errors: `MiniloraError` for a model without a tokenizer or a text of fewer windows than two;
+    Errors: `MiniloraError` for no code, a model without a tokenizer or a text of fewer windows
+    than two;
     `QuantError` for a code that is not known.
     """
     began = time.monotonic()
+    if not config.codes:
+        raise MiniloraError("codes: expected at least one, found none")
     source, tokenizer = open_for_text(config.model)
     length = min(config.max_len, source.model.config.context)
     corpus = read_corpus(config.data, tokenizer, length)
@@ -110,8 +113,7 @@ def perplexity_report(record: dict[str, Any]) -> str:
         f"{record['model']['name']} on {data['name']}: {data['tokens']:,} tokens in "
         f"{data['windows']} windows; codes on the linears of blocks, blocks of "
         f"{record['config']['block']}; ±: the standard error over the windows.",
-        f"The base itself: {record['model']['weights']}; what the first rounding lost is in "
-        "every row.",
+        f"The base itself: {record['model']['weights']}; what it lost before is in every row.",
     ])  # fmt: skip
 
 
@@ -129,6 +131,7 @@ def perplexity_figure(record: dict[str, Any], path: str | os.PathLike) -> Path:
                     fontsize=9)  # fmt: skip
     ax.set_xlabel("weights held, MiB")
     ax.set_ylabel(f"perplexity on {record['data']['name']}")
-    ax.set_title("codes on the linears; the base was itself 4-bit once", loc="left", fontsize=10)
+    base = record["model"]["weights"]
+    ax.set_title(f"codes on the linears; the base: {base}", loc="left", fontsize=10)
     ax.margins(0.2, 0.12)
     return save(figure, path)
