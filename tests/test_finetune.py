@@ -164,8 +164,16 @@ def test_interrupted_and_resumed_is_the_run_never_interrupted(tmp_path, capsys, 
     code, _, error = finetuned(capsys, place, tmp_path / "out", "--resume", "--method", "qlora")
     assert code == 2
     assert "belongs to another run (about: saved" in error
-    code, _, _ = finetuned(capsys, place, tmp_path / "out", "--resume")
+    code, told, _ = finetuned(capsys, place, tmp_path / "out", "--resume")
     assert code == 0
+    whole, record = (
+        json.loads((tmp_path / out / "finetune.json").read_text()) for out in ("whole", "out")
+    )
+    taken, here = record["steps"]["taken"], record["steps"]["here"]
+    assert (whole["steps"]["here"], 0 < here < taken) == (taken, True)
+    assert f"{taken} of {taken} steps, {here} of them after a stop, in" in told
+    seen = [r["tokens_per_second"] * r["seconds"]["training"] for r in (whole, record)]
+    assert seen[1] / seen[0] == pytest.approx(here / taken, rel=0.3)  # seconds to one digit
     name = "adapter_model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["out", "whole"]
@@ -319,7 +327,7 @@ def test_perplexity(tmp_path, capsys, place, adapter):
     assert code == 0
     record = json.loads((tmp_path / "perplexity.json").read_text())
     assert [row["code"] for row in record["rows"]] == ["float32", "nf4", "nf4+dq"]
-    assert "The base itself: safetensors" in told
+    assert "The base itself: safetensors; what it lost before" in told
     first = record["rows"][0]
     assert first["perplexity"] == pytest.approx(np.exp(first["loss"]))
     assert record["rows"][1]["bytes"] < first["bytes"]
@@ -332,6 +340,7 @@ def test_perplexity(tmp_path, capsys, place, adapter):
     adapted = command(capsys, *common, "--adapter", adapter, "--json")[1]
     assert json.loads(adapted)["rows"][0]["loss"] != first["loss"]
     for more, message in ((("--codes", "nf5"), "nf5"), (("--codes", "nf4+x"), "NAME or NAME+dq"),
+                          (("--codes", ","), "at least one"),
                           (("--windows", 1), "at least 2")):  # fmt: skip
         code, _, error = command(capsys, *common, *more)
         assert code == 2

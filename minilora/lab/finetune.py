@@ -122,7 +122,7 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> dict[str, Any]:
     warn_of_rank(adapted)
     loaded, _ = memory("VmHWM"), Peak()  # which begins to watch anew
     started = time.monotonic()
-    run, steps, training_peak = train(adapted, corpus, config, resume)
+    run, steps, here, training_peak = train(adapted, corpus, config, resume)
     seconds = time.monotonic() - started
     losses["adapted"] = min((entry["val"] for entry in run.history), default=losses["base"])
     record = {
@@ -134,13 +134,13 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> dict[str, Any]:
                  "described": corpus.described()},
         "trainable": count(run.model, trainable=True),
         "base_bytes": held_bytes(base),
-        "steps": {"planned": steps, "taken": run.steps, "best": run.best_step},
+        "steps": {"planned": steps, "taken": run.steps, "here": here, "best": run.best_step},
         "stopped": run.stopped,
         "losses": losses,
         "history": run.history,
         "samples": samples,
         "seconds": {"training": round(seconds, 1)},
-        "tokens_per_second": tokens_seen(corpus, config, run.steps) / max(seconds, 1e-9),
+        "tokens_per_second": tokens_seen(corpus, config, here) / max(seconds, 1e-9),
         "peak_bytes": {"training": training_peak, "all": max(training_peak, loaded)},
         "machine": machine(),
     }  # fmt: skip
@@ -158,8 +158,9 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> dict[str, Any]:
 
 def train(
     adapted: Any, corpus: Corpus, config: FinetuneConfig, resume: bool
-) -> tuple[Fit, int, int]:
-    """The run, how many steps it was to take, and bytes at the peak."""
+) -> tuple[Fit, int, int, int]:
+    """The run, how many steps it was to take and how many were taken here, since the last
+    interruption; bytes at the peak."""
     examples = config.batch * config.grad_accum
     steps = max(1, math.ceil(config.epochs * len(corpus.train) / examples))
     about = {k: v for k, v in asdict(config).items() if k not in ("out", "prompts")}
@@ -190,7 +191,7 @@ def train(
         label=config.method,
         advance=weighed,
     )
-    return result, steps, max([*peaks, held_at_most()])
+    return result, steps, len(peaks), max([*peaks, held_at_most()])
 
 
 def tokens_seen(corpus: Corpus, config: FinetuneConfig, steps: int) -> float:

@@ -29,12 +29,14 @@ def extra_files(record: dict[str, Any]) -> dict[str, bytes]:
 def finetune_report(record: dict[str, Any]) -> str:
     """The run in a few lines: losses, samples, speed and memory."""
     config, steps, losses = record["config"], record["steps"], record["losses"]
+    since = "" if steps["here"] == steps["taken"] else f", {steps['here']} of them after a stop"
     lines = [
         record["data"]["described"],
         f"{config['method']} rank {config['rank']}, alpha {config['alpha']:g}, rate "
         f"{config['lr']:g}: {record['trainable']:,} numbers train beside a base of "
         f"{size(record['base_bytes'])}",
-        f"{steps['taken']} of {steps['planned']} steps in {record['seconds']['training']:.0f} s, "
+        f"{steps['taken']} of {steps['planned']} steps{since}, in "
+        f"{record['seconds']['training']:.0f} s, "
         f"{record['tokens_per_second']:.0f} tokens/s (evaluations included); peak memory of the "
         f"process {size(record['peak_bytes']['training'])} while training, "
         f"{size(record['peak_bytes']['all'])} in all",
