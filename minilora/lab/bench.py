@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from itertools import compress
 from typing import Any
 
 from ..engine.errors import MiniloraError
@@ -37,7 +38,7 @@ WEIGHED = ("memory", "micro", "scaling")  # the suites that report bytes
 ALONE = {  # the only baselines of a suite, if none are asked for
     "micro": ["torch"], "scaling": ["torch"], "threads": ["torch", "blas"],
 }  # fmt: skip
-PEERS = ("torch", "transformers", "peft", "bitsandbytes")  # that the baselines need
+PEERS = ("torch", "transformers", "peft", "bitsandbytes")  # the last for "bnb" alone
 NEEDS_TORCH = ("torch", "hf", "compile", "erf", "stock", "bnb")
 ON_REQUEST = ("erf", "stock", "reference", "blas")  # and primitives beside scaling
 GATE, GATE_STEPS = 1e-4, 4
@@ -73,9 +74,20 @@ class BenchConfig:
                     raise MiniloraError(
                         f"{name}: expected some of {', '.join(known)}; found {value!r}"
                     )
+            if values is not None and len(set(values)) != len(values):
+                raise MiniloraError(f"{name}: expected each once, found {', '.join(values)}")
+            if name != "baselines" and values == ():  # no baselines: ourselves alone
+                raise MiniloraError(f"{name}: expected at least one, found none")
         for name in ("threads", "rounds"):
             if getattr(self, name) < 1:
                 raise MiniloraError(f"{name}: expected a whole number >= 1")
+        for name in self.baselines or ():
+            if self.suite not in BASELINES[name][1]:
+                raise MiniloraError(f"baselines: {name} does not run in the suite {self.suite}")
+        if self.suite == "scaling" and len(self.shapes or ("S1",)) > 1:
+            raise MiniloraError(f"shapes: scaling goes out from one, found {len(self.shapes)}")
+        if self.suite == "quantize" and self.modes not in (None, ("qlora",)):
+            raise MiniloraError("modes: the suite quantize has qlora alone")
 
     def jobs(self, shape: Shape, mode: str, **options: Any) -> list[Job]:
         """minilora first, then the baselines that can run here.
@@ -96,12 +108,19 @@ class BenchConfig:
     def contenders(self) -> list[str]:
         """The baselines asked for, or all usual ones, as far as the suite and the machine go."""
         usual = ALONE.get(self.suite, [n for n in BASELINES if n not in ON_REQUEST])
-        wanted = usual if self.baselines is None else self.baselines
+        wanted, absent = usual if self.baselines is None else self.baselines, missing()
         return [
             name
             for name in wanted
-            if self.suite in BASELINES[name][1] and not (name in NEEDS_TORCH and missing())
+            if self.suite in BASELINES[name][1] and not set(needs(name)) & set(absent)
         ]
+
+
+def needs(name: str) -> tuple[str, ...]:
+    """The libraries that a baseline cannot do without."""
+    if name not in NEEDS_TORCH:
+        return ()
+    return PEERS if name == "bnb" else PEERS[:-1]
 
 
 def missing(names: Sequence[str] = PEERS) -> list[str]:
@@ -237,7 +256,17 @@ def race(
             turns = {}
             for row, worker in workers if len(rounds) % 2 == 0 else workers[::-1]:
                 time.sleep(0.05)  # threads of the last one may still spin
-                turns[row["contender"]] = worker.run(steps)
+                try:
+                    turns[row["contender"]] = worker.run(steps)
+                except MiniloraError as error:
+                    if row is rows[0]:
+                        raise
+                    row["error"] = str(error)
+            ran = ["error" not in row for row, _ in workers]
+            if not all(ran):  # the others go on, and keep the rounds that they had
+                workers = list(compress(workers, ran))
+                rounds = [list(compress(r, ran)) for r in rounds]
+                continue
             rounds.append([turns[row["contender"]] for row, _ in workers])
             if measure == "cpu" or is_clean(rounds[-1], config.quiet):
                 tick()

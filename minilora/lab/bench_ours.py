@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..engine.backend import is_array
 from ..engine.errors import MiniloraError
 from ..engine.forked import can_fork
 from ..engine.rules import reference_rules
@@ -78,7 +79,8 @@ class OurStep(Contender):
         self.resources.enter_context(rules_of(job))
         self.shards = self.resources.enter_context(Shards(self.optimizer.flat, shards))
         self.pieces = 1 if job.micro is None else -(-job.shape.batch // (shards * job.micro))
-        self.working = expect_threads(job.threads, shards if self.shards.pool is not None else 1)
+        at_once = self.shards.workers if self.shards.pool is not None else 1  # at most the cores
+        self.working = expect_threads(job.threads, at_once)
 
     def step(self) -> None:
         total, scored = self.shards.add(self.loss, self.data, self.rows, (0,), self.pieces)
@@ -187,8 +189,14 @@ def contender(job: Job) -> Contender:
 
 
 def own_arrays(tree: Any) -> Any:
-    """The tree with copies of its arrays, as one that was loaded would have."""
-    return rebuild(tree, lambda _, n: type(n)(n.data.copy()) if isinstance(n, Tensor) else n)
+    """The tree with copies of its arrays and codes, as one that was loaded would have."""
+
+    def own(_: str, node: Any) -> Any:
+        if isinstance(node, Tensor):
+            return type(node)(node.data.copy())
+        return node.copy() if is_array(node) else node
+
+    return rebuild(tree, own)
 
 
 def whole_loss(model: Any, batch: dict[str, Any], rng: Any = None) -> Tensor:

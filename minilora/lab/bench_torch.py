@@ -11,18 +11,20 @@ from ..engine.errors import MiniloraError
 from ..model.module import parameters
 from .bench_ours import Contender, all_weights, drawn_gradients, moved, sums
 from .bench_peers import build, parameter_name
-from .bench_shapes import ALPHA, BETAS, WEIGHT_DECAY, Job, adapted_paths, prompts, starting_tree
+from .bench_shapes import ALPHA, BETAS, WEIGHT_DECAY, Job, adapted_paths, prompts
 
 
 class Theirs(Contender):
     """The model of the job in torch, with as many threads as the job says."""
 
+    def __init__(self, job: Job):
+        """bitsandbytes makes its own codes, of the same weights."""
+        super().__init__(replace(job, mode="lora") if job.mode == "qlora" else job)
+
     def build(self) -> None:
         job = self.job
         torch.set_num_threads(job.threads)
         self.working = torch.get_num_threads()
-        if job.mode == "qlora":  # bitsandbytes makes its own codes, of the same weights
-            self.start = starting_tree(replace(job, mode="lora"))
         self.config, self.adapters = job.shape.model, adapted_paths(self.start)
         self.kind = job.contender if job.contender in ("hf", "bnb") else "plain"
         gelu = "none" if job.contender == "erf" else "tanh"
