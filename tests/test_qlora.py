@@ -21,6 +21,7 @@ from minilora.engine.backend import to_device as array_to_device
 from minilora.engine.check import retained
 from minilora.engine.errors import NumericsError, QuantError
 from minilora.engine.rules import reference_rules
+from minilora.files.safetensors import write
 from minilora.lab.quantize import (
     QuantizeConfig,
     codes_figure,
@@ -253,3 +254,12 @@ def test_equal_bits_are_told_honestly(tmp_path):
 def test_laboratory_settings_of_no_meaning(options, message):
     with pytest.raises(MiniloraError, match=message):
         quantize_lab(QuantizeConfig(samples=1024, **options))
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 64)])
+def test_a_tensor_without_a_number_but_zero_has_no_relative_error(shape, tmp_path):
+    """It was NaN in the table, and in the record, which then is no JSON."""
+    write(tmp_path / "t.safetensors", {"w": np.zeros(shape, np.float32)})
+    tensor = f"{tmp_path / 't.safetensors'}:w"
+    with pytest.raises(QuantError, match="some number but zero in w"):
+        quantize_lab(QuantizeConfig(samples=1024, tensor=tensor))

@@ -69,6 +69,8 @@ def weight_of(spec: str | None) -> tuple[str, np.ndarray]:
     stored = safetensors.read(path or spec)
     if name not in stored:
         raise QuantError(f"tensor: expected FILE:NAME with a name of {', '.join(stored)}")
+    if not stored[name].any():  # nothing to be wrong about: |e| / |x| has no mean
+        raise QuantError(f"tensor: expected some number but zero in {name}, found none")
     return f"{Path(path).name}:{name}", stored[name].astype(np.float32)
 
 
