@@ -115,6 +115,22 @@ def test_the_base_is_bit_equal_after_merging_an_adapter_with_nan(base, three, ho
     assert {path: host(t.data).tobytes() for path, t in tensors(base).items()} == before
 
 
+def test_an_adapter_on_learned_positions(device, dev):
+    """Alone, merged, in a mixed batch and in generation, as one on any other table."""
+    gpt2 = to_device(model_of("gpt2"), device)
+    adapted = freeze(adapted_of(gpt2, targets=["positions"]))
+    for node in (n for _, n in walk(adapted) if is_adapter(n)):
+        node.A.data[...] = 0.1
+    merged = merge(adapted)
+    assert np.abs(out(merged, dev) - out(gpt2, dev)).max() > 0.1
+    np.testing.assert_allclose(out(adapted, dev), out(merged, dev), rtol=0, atol=1e-5)
+    rows = out(mix(gpt2, [take(adapted), None, None, take(adapted), None]), dev)
+    np.testing.assert_allclose(rows[[0, 3]], out(merged, dev)[[0, 3]], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(rows[[1, 2, 4]], out(gpt2, dev)[[1, 2, 4]], rtol=0, atol=1e-5)
+    prompts = [[1, 2, 3], [4]]
+    assert generate(adapted, prompts, 5) == generate(merged, prompts, 5)
+
+
 # ------------------------------------------------------------------ a batch of many
 
 

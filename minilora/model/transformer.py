@@ -236,10 +236,12 @@ class Transformer:
             )
         x = self.embedding(ids)  # (N, T, C)
         if self.positions is not None:
-            if positions is None:
-                x = x + self.positions.weight[: ids.shape[1]]
-            else:
-                x = x + self.positions(positions)
+            if positions is None and isinstance(self.positions, Embedding):
+                x = x + self.positions.weight[: ids.shape[1]]  # no lookup: the rows in order
+            else:  # an adapter on the table looks rows up, as it does for any ids
+                xp = xp_of(ids)
+                inside = xp.broadcast_to(xp.arange(ids.shape[1]), ids.shape)
+                x = x + self.positions(inside if positions is None else positions)
         for i, block in enumerate(self.blocks):
             layer = None if cache is None else cache.layers[i]
             here = at if i == len(self.blocks) - 1 else None
