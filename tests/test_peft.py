@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -234,6 +235,8 @@ def test_18_configs_that_are_none(folder, raw, message):
         ({"bias": "all"}, "bias: expected nothing"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa"}, "leaves the base alone"),
+        ({"init_lora_weights": "lora_ga"}, "leaves the base alone"),
+        ({"alpha_pattern": {r"\w_proj": 9}}, "a regular expression is not run"),
         ({"layers_to_transform": [0]}, "layers_to_transform"),
         ({"new_in_some_version": {"a": 1}}, "new_in_some_version"),
     ],
@@ -345,6 +348,40 @@ def test_32_a_rank_that_no_weight_can_have(tmp_path):
     with pytest.warns(RankWarning, match=r"in 2 modules, .*mlp\.up: 40 > min\(48, 32\)"):
         back = load_adapter(tmp_path / "a", BASE)
     same_adapter(back, freeze(adapted))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "meant"),
+    [
+        ("up_proj", "up_proj"),
+        ("up.proj", "up_proj"),  # a dot is any character, as in PEFT
+        ("mlp.up_proj$", "up_proj"),
+        (r"mlp\.up_proj", "up_proj"),
+        (r"mlp\.up\.proj", None),
+        ("._proj", "_proj"),
+        ("proj", None),
+        ("^up_proj", None),
+        (r"^model\.layers\.0\.mlp\.up_proj$", "0.mlp.up_proj"),
+    ],
+)
+def test_a_pattern_means_what_peft_takes_it_for(folder, pattern, meant):
+    config_with(folder, alpha_pattern={pattern: 9.0})
+    for path, factors in take(load_adapter(folder, BASE)).items():
+        module = hf_name(path, BASE.config)
+        peft_does = re.match(rf"(.*\.)?({pattern})$", module) is not None
+        assert factors.alpha == (9.0 if peft_does else 5.0), module
+        if meant is None or len(meant) > 5:
+            assert peft_does == (meant is not None and module.endswith(meant))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"alpha": 0.0}, "lora_alpha"), ({"alpha": -8.0}, "lora_alpha"), ({"rank": 65537}, "r: ")],
+)
+def test_what_could_not_be_read_again_is_not_written(tmp_path, options, message):
+    with pytest.raises(AdapterError, match=f"{message}.*expected"):
+        save_adapter(tmp_path / "a", adapted_of(BASE, targets=["blocks.0.mlp.up"], **options))
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_pair_that_was_torn_apart(tmp_path, folder):
@@ -575,6 +612,7 @@ CASES = {
     "patterns": {"rank_pattern": {"down": 2}, "alpha_pattern": {"output": 9.0}},
     "some": {"targets": ["output", "down"]},
     "embedding": {"targets": ["all-linear", "embedding"]},
+    "head": {"targets": ["all-linear", "head"]},
 }
 
 

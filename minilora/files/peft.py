@@ -41,7 +41,7 @@ from ..model.transformer import Transformer
 from . import safetensors
 from .atomic import Content, replace_directory
 from .names import family, hf_name
-from .peft_config import CONFIG, pattern_value, read_adapter_config
+from .peft_config import CONFIG, checked, pattern_value, read_adapter_config
 from .untrusted import short
 
 WEIGHTS = "adapter_model.safetensors"
@@ -79,9 +79,10 @@ def save_adapter(
     """Write the adapters of a tree, whole or not at all; `base` names what they belong on.
 
     `extra` are files beside them: a model card, the record of the run.
-    Errors: `AdapterError` where there is no adapter, where other weights train too, or where
-    scales or dropout rates differ in kind; `FormatError` for a model that no family of
-    checkpoints has; `CheckpointError` if it cannot be written.
+    Errors: `AdapterError` where there is no adapter, where other weights train too, where
+    scales or dropout rates differ in kind, or for a rank or an alpha that `load_adapter` would
+    refuse; `FormatError` for a model that no family of checkpoints has; `CheckpointError` if it
+    cannot be written.
     """
     nodes = adapter_nodes(adapted)
     factors = {id(f) for node in nodes.values() for f in (node.A, node.B)}
@@ -93,6 +94,7 @@ def save_adapter(
         )
     config = adapter_config(adapted, nodes, base)
     raw = json.dumps(config, indent=1, sort_keys=True).encode() + b"\n"
+    checked(Path(directory, CONFIG), json.loads(raw))  # a writer keeps its reader's rules
     arrays = {}
     for path, node in nodes.items():
         module = PREFIX + hf_name(path, adapted.config)
@@ -268,7 +270,7 @@ def sorted_factors(
     odd = []
     for name in stored:
         module, letter, suffix = parsed(name)
-        if letter is None and is_copy_of_table(stored, name, model):
+        if letter is None and is_copy(stored, name, model):
             continue
         table = suffix is not None and "embedding" in suffix
         is_table = module in paths and paths[module] in ("embedding", "positions")
@@ -296,12 +298,14 @@ def parsed(name: str) -> tuple[str, str | None, str | None]:
     return name, None, None
 
 
-def is_copy_of_table(stored: safetensors.SafeTensors, name: str, model: Transformer) -> bool:
-    """PEFT saves the table itself beside its adapter: it may stay if it is the model's."""
-    table = PREFIX + hf_name("embedding", model.config)
-    if name not in (f"{table}.base_layer.weight", f"{table}.weight"):
-        return False
-    return np.array_equal(stored[name], to_numpy(model.embedding.weight.data))
+def is_copy(stored: safetensors.SafeTensors, name: str, model: Transformer) -> bool:
+    """PEFT saves table and head beside an adapter on one: they may stay if they are the model's."""
+    for path, node in (("embedding", model.embedding), ("head", model.head)):
+        module = PREFIX + hf_name(path, model.config)
+        if name in (f"{module}.base_layer.weight", f"{module}.weight"):
+            weight = node.weight.data if isinstance(node, Embedding) else node.dense()
+            return np.array_equal(stored[name], to_numpy(weight))
+    return False
 
 
 def expect_targets(

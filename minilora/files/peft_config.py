@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..engine.errors import AdapterError, FormatError, MissingAdapterError
+from ..engine.errors import AdapterError, FormatError, MissingAdapterError, MissingFileError
 from .untrusted import load_json, short
 
 CONFIG = "adapter_config.json"
 MAX_RANK = 65536
-PLAIN_PATTERN = re.compile(r"\^?[A-Za-z0-9_.\\-]+\$?")
+PLAIN_PATTERN = re.compile(r"\^?(?:[A-Za-z0-9_.-]|\\\.)+\$?")
 
 # Settings that are read, or that change nothing about what a saved adapter computes ...
 READ = {
@@ -27,18 +27,23 @@ IGNORED = {
     "ensure_weight_tying", "eva_config", "lora_ga_config", "runtime_config",
 }  # fmt: skip
 # Initializations that leave the base as it was; the others move a part of W0 into A and B.
-INITS = (True, False, "gaussian", "eva", "orthogonal", "lora_ga", None)
+INITS = (True, False, "gaussian", "eva", "orthogonal", None)
 
 
 def read_adapter_config(directory: Path) -> dict[str, Any]:
     """The settings of an adapter, checked one by one before anything is made from them."""
     path = directory / CONFIG
-    if not path.exists():
-        raise MissingAdapterError(f"{path}: no such file; expected the directory of an adapter")
     try:
         content = load_json(path)
+    except MissingFileError as error:
+        raise MissingAdapterError(f"{error}; expected the directory of an adapter") from None
     except FormatError as error:
         raise AdapterError(str(error)) from None
+    return checked(path, content)
+
+
+def checked(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a config, with what it leaves out.  Errors: `AdapterError` naming `path`."""
     config = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "lora_dropout": 0.0,
               "lora_alpha": None} | content  # fmt: skip
 
@@ -96,9 +101,19 @@ def is_names(value: Any) -> bool:
 
 def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value of the first pattern that is the module's name or an end of it at a dot."""
-    for pattern, value in patterns.items():
-        name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
-        whole = pattern.startswith("^")
-        if module == name or (not whole and module.endswith(f".{name}")):
-            return value
-    return default
+    return next((value for name, value in patterns.items() if means(name, module)), default)
+
+
+def means(pattern: str, module: str) -> bool:
+    """PEFT's `(.*\\.)?(pattern)$`, of which little is left where a pattern is plain.
+
+    In it a dot is any character, unless a backslash stands before it.
+    """
+    dot = "\n"  # a dot that means itself; no name has a line end
+    name = pattern.removeprefix("^").removesuffix("$").replace("\\.", dot)
+    before, end = module[: -len(name)], module[-len(name) :]
+    return (
+        len(end) == len(name)
+        and (not before or (before.endswith(".") and not pattern.startswith("^")))
+        and all(a in (".", b) or (a, b) == (dot, ".") for a, b in zip(name, end, strict=True))
+    )
