@@ -204,6 +204,12 @@ def test_what_cannot_be_written(path):
         gguf.write(path, {}, {"n" * 64: np.zeros(3, np.float32)})
     with pytest.raises(FormatError, match="expected text, bool, int or float"):
         gguf.write(path, {"a": [1]}, {})
+    for key, value, message in (
+        ("a", -1, "key 'a': -1: "), ("a", 1 << 32, "key 'a': 4294967296"), ("a", 1e39, "1e"),
+        ("general.alignment", 64, "expected 32, found 64"),
+    ):  # fmt: skip
+        with pytest.raises(FormatError, match=message):
+            gguf.write(path, {key: value}, {"a": np.zeros(3, np.float32)})
     assert not path.exists()
 
 

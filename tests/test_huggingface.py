@@ -17,6 +17,7 @@ from real_files import (
 )
 
 from minilora.engine.errors import FormatError, MissingFileError, NumericsError
+from minilora.engine.tensor import Tensor
 from minilora.files import gguf, safetensors
 from minilora.files.huggingface import (
     config_json,
@@ -27,7 +28,7 @@ from minilora.files.huggingface import (
 from minilora.files.names import gguf_name, hf_name, rotated_heads, to_halves, to_neighbors
 from minilora.files.pretrained import open_model
 from minilora.lora.lora import merge
-from minilora.model.module import tensors
+from minilora.model.module import rebuild, tensors
 from minilora.model.transformer import TransformerConfig
 from minilora.quant.linear import quantize
 
@@ -129,6 +130,10 @@ SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
         ({"rope_scaling": {"rope_type": "yarn"}}, "only default and llama3"),
         ({"rope_scaling": SCALED | {"low_freq_factor": 4.0}}, "expected low < high"),
         ({"rope_scaling": 3}, "expected an object"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "yarn"}},
+            "only default and llama3",
+        ),
         ({"num_attention_heads": 3}, "heads to divide width"),
         ({"num_hidden_layers": 3}, "no tensor model.layers.2"),
         ({"num_hidden_layers": 1}, "no place: .*model.layers.1"),
@@ -141,6 +146,26 @@ def test_configs_that_mean_something_else(folder, changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         read_huggingface(changed(folder, **changes))
     assert "minilora" in type(caught.value).__module__
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "theta", "scaled"),
+    [
+        ({"rope_theta": ...}, 10000.0, False),
+        ({"rope_parameters": {"rope_type": "default"}}, 10000.0, False),
+        ({"rope_theta": 5e5, "rope_parameters": {"rope_type": "default"}}, 5e5, False),
+        ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 7e3}}, 7e3, False),
+        ({"rope_theta": 5e5, "rope_scaling": {}, "rope_parameters": SCALED}, 5e5, True),
+        ({"rope_theta": 5e5, "rope_scaling": SCALED, "rope_parameters": {"rope_theta": 7e3}},
+         5e5, True),
+        ({"rope_theta": 5e5, "rope_scaling": {"type": "default"}, "rope_parameters": SCALED},
+         5e5, False),
+    ],
+)  # fmt: skip
+def test_rotary_settings_mean_what_transformers_takes_them_for(folder, changes, theta, scaled):
+    found = read_config(changed(folder, **changes) / "config.json")
+    assert (found.rope_theta, found.rope_scaling is not None) == (theta, scaled)
 
 
 def test_gpt2_settings_that_mean_something_else(tmp_path):
@@ -178,6 +203,19 @@ def test_values_that_are_not_finite_or_no_floats(folder):
     safetensors.write(folder / "model.safetensors", stored | {name: np.ones(32, np.int32)})
     with pytest.raises(FormatError, match="expected floats"):
         read_huggingface(folder)
+    wide = stored[name].astype(np.float64)
+    wide[3] = 1e39  # a number there, infinite in float32
+    safetensors.write(folder / "model.safetensors", stored | {name: wide})
+    with pytest.raises(NumericsError, match=r"model\.norm\.weight: .* float32 .*1e\+39"):
+        read_huggingface(folder)
+
+
+def test_a_weight_too_large_for_float16_is_not_written(tmp_path):
+    model = model_of("llama")
+    loud = rebuild(model, lambda path, n: Tensor(n.data * 1e6) if path == "norm.weight" else n)
+    with pytest.raises(NumericsError, match=r"norm\.weight: .* float16 "):
+        save_huggingface(tmp_path / "model", loud, dtype=np.float16)
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize("count", [500, pytest.param(50_000, marks=pytest.mark.slow)])
@@ -245,12 +283,17 @@ def test_a_model_in_a_gguf_file_is_the_same_model(tmp_path, monkeypatch, name):
     ("changes", "message"),
     [
         ({"general.architecture": "mamba"}, "expected llama or qwen2"),
+        ({"llama.attention.head_count": 3}, "model.gguf: .*heads to divide width"),
         ({"llama.block_count": 3}, "no tensor blk.2"),
         ({"llama.block_count": 1}, "no place"),
         ({"llama.block_count": 0}, "expected int > 0, found 0"),
         ({"llama.embedding_length": None}, "expected int > 0, found None"),
         ({"llama.rope.freq_base": 3}, "expected float > 0"),
         ({"llama.rope.scaling.type": "yarn"}, "'yarn' is not done here"),
+        ({"llama.rope.scaling.factor": 4.0}, "4.0 is not done here"),
+        ({"llama.rope.scale_linear": 4.0}, "4.0 is not done here"),
+        ({"llama.rope.scaling.attn_factor": 0.5}, "0.5 is not done here"),
+        ({"llama.rope.dimension_count": 4}, "4 is not done here"),
         ({"llama.expert_count": 8}, "8 is not done here"),
         ({"llama.attention.key_length": 64}, "64 is not done here"),
         ({"llama.feed_forward_length": 40}, "expected"),
@@ -268,8 +311,9 @@ def test_models_in_gguf_that_are_refused(tmp_path, changes, message):
 def test_names_of_models(tmp_path, folder, monkeypatch):
     found = open_model(folder)
     assert (found.name, found.tokenizer.stop) == ("model", tokenizer_of().stop)
-    with pytest.raises(MissingFileError, match=r"expected smollm2, a \.gguf file or a model d"):
-        open_model(tmp_path / "none")
+    for none in (tmp_path / "none", "n" * 300):
+        with pytest.raises(MissingFileError, match=r"expected smollm2, a \.gguf file or a model d"):
+            open_model(none)
     import importlib.metadata as metadata
 
     def absent(name):

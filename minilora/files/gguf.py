@@ -219,9 +219,11 @@ def write(path: str | os.PathLike, metadata: Mapping[str, Any], tensors: Mapping
 def encode(metadata: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> list[bytes]:
     """The parts whose concatenation is the file.  Texts, booleans, u32 and f32 as metadata.
 
-    Errors: `FormatError` for another kind of value, a tensor that is not float32, or a name
-    that `read` would refuse.
+    Errors: `FormatError` for another kind of value, a number that is no u32 or f32, an alignment
+    other than 32, a tensor that is not float32, or a name that `read` would refuse.
     """
+    if metadata.get(ALIGNMENT, 32) != 32:
+        raise FormatError(f"{ALIGNMENT}: expected 32, found {short(metadata[ALIGNMENT])}")
     head = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
     for name, value in metadata.items():
         head += [text(name), typed(name, value)]
@@ -250,5 +252,8 @@ def typed(name: str, value: Any) -> bytes:
         return struct.pack("<I", TEXT) + text(value)
     for kind, code, python in ((BOOL, "?", bool), (U32, "I", int), (F32, "f", float)):
         if type(value) is python:
-            return struct.pack("<I" + code, kind, value)
+            try:
+                return struct.pack("<I" + code, kind, value)
+            except (struct.error, OverflowError) as error:
+                raise FormatError(f"key {short(name)}: {short(value)}: {error}") from None
     raise FormatError(f"key {short(name)}: expected text, bool, int or float, found {type(value)}")

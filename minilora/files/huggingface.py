@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..engine.attention import RopeScaling
-from ..engine.errors import FormatError
+from ..engine.errors import FormatError, MiniloraError, NumericsError
 from ..engine.tensor import Tensor
 from ..model.module import tensors
 from ..model.transformer import Transformer, TransformerConfig, assemble
@@ -44,11 +44,17 @@ def read_config(path: str | os.PathLike) -> TransformerConfig:
     where = Path(path)
     content = load_json(where)
     kind = content.get("model_type")
-    if kind == "gpt2":
-        return gpt2_config(Fields(where, content))
-    if kind in ("llama", "qwen2"):
-        return llama_config(Fields(where, content), kind)
-    raise FormatError(f"{where}: model_type: expected gpt2, llama or qwen2, found {short(kind)}")
+    if kind not in ("gpt2", "llama", "qwen2"):
+        raise FormatError(
+            f"{where}: model_type: expected gpt2, llama or qwen2, found {short(kind)}"
+        )
+    fields = Fields(where, content)
+    try:
+        return gpt2_config(fields) if kind == "gpt2" else llama_config(fields, kind)
+    except FormatError:
+        raise
+    except MiniloraError as error:  # a shape that no transformer has
+        raise FormatError(f"{where}: {error}") from None
 
 
 class Fields:
@@ -90,7 +96,7 @@ class Fields:
 
     def inside(self, name: str) -> "Fields | None":
         value = self.content.get(name)
-        if value is None:
+        if value is None or value == {}:
             return None
         if type(value) is not dict:
             raise FormatError(f"{self.where}: {name}: expected an object, found {short(value)}")
@@ -101,9 +107,11 @@ def llama_config(fields: Fields, kind: str) -> TransformerConfig:
     fields.expect(**LLAMA_FIXED)
     width, heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
     fields.expect(head_dim=width // heads)
-    rope = fields.inside("rope_parameters")
-    theta = (rope or fields).real("rope_theta", 10000.0)
-    scaling = rope_scaling(rope or fields.inside("rope_scaling"))
+    # Of two objects transformers takes the older name, and what it leaves out from beside it.
+    rope = fields.inside("rope_scaling") or fields.inside("rope_parameters")
+    theta = fields.real("rope_theta", 10000.0)
+    theta = theta if rope is None else rope.real("rope_theta", theta)
+    scaling = rope_scaling(rope)
     bias, qkv_bias = False, True
     if kind == "llama":
         bias = qkv_bias = fields.flag("attention_bias", False)
@@ -201,7 +209,20 @@ def taken(
     if array.dtype.kind != "f":
         raise FormatError(f"{where}: tensor {name}: expected floats, found {array.dtype}")
     array = array.T if turned else array
+    if array.dtype == np.float64 and not stored.allow_nonfinite:
+        array = narrowed(f"{where}: tensor {name}", array, np.float32)
     return np.ascontiguousarray(array, np.float32)
+
+
+def narrowed(where: str, array: np.ndarray, dtype: Any) -> np.ndarray:
+    """The array as `dtype`.  Errors: `NumericsError` for a finite number that would not be one."""
+    try:
+        with np.errstate(over="raise"):
+            return array.astype(dtype)
+    except FloatingPointError:
+        raise NumericsError(
+            f"{where}: expected numbers that {np.dtype(dtype)} can hold, found {abs(array).max()}"
+        ) from None
 
 
 def config_json(config: TransformerConfig, stop: tuple[int, ...] = ()) -> dict[str, Any]:
@@ -247,7 +268,8 @@ def save_huggingface(
 
     A head that a merge has parted from its table (`merge`) is written as an untied one.
     Errors: `FormatError` for a tree with adapters or codes (merge or dequantize it first), or
-    a shape that no family has; `CheckpointError` if it cannot be written.
+    a shape that no family has; `NumericsError` for a weight too large for `dtype`;
+    `CheckpointError` if it cannot be written.
     """
     config = model.config
     if config.tied and "head.weight" in tensors(model):
@@ -268,7 +290,7 @@ def save_huggingface(
         )
     arrays = {}
     for path, tensor in tensors(model).items():
-        array = tensor.numpy().astype(dtype)
+        array = narrowed(path, tensor.numpy(), dtype)
         turned = is_transposed(path, config)
         arrays[hf_name(path, config)] = np.ascontiguousarray(array.T if turned else array)
     content = config_json(config, () if tokenizer is None else tokenizer.stop)

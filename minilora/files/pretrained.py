@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..engine.errors import FormatError, MissingFileError
+from ..engine.errors import FormatError, MiniloraError, MissingFileError
 from ..engine.tensor import Tensor
 from ..model.transformer import Transformer, TransformerConfig, assemble
 from . import gguf
@@ -42,10 +42,10 @@ def open_model(name: str | os.PathLike) -> Pretrained:
     if str(name) == SMOLLM2:
         return read_gguf_model(find_smollm2(), "HuggingFaceTB/SmolLM2-135M-Instruct")
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(path):  # of a name that no file can have, Path.is_dir raises
         tokenizer = read_tokenizer(path) if (path / "tokenizer.json").exists() else None
         return Pretrained(read_huggingface(path), tokenizer, path.name, "safetensors")
-    if not path.exists():
+    if not os.path.exists(path):
         raise MissingFileError(
             f"{path}: expected {SMOLLM2}, a .gguf file or a model directory; found nothing there"
         )
@@ -74,7 +74,12 @@ def read_gguf_model(path: str | os.PathLike, name: str | None = None) -> Pretrai
     that are missing, left over or of another shape.
     """
     stored = gguf.read(path)
-    config = config_of(stored, os.fspath(path))
+    try:
+        config = config_of(stored, os.fspath(path))
+    except FormatError:
+        raise
+    except MiniloraError as error:  # a shape that no transformer has
+        raise FormatError(f"{path}: {error}") from None
     used: set[str] = set()
 
     def make(path_: str, shape: tuple[int, ...]) -> Tensor:
@@ -114,6 +119,8 @@ def config_of(stored: gguf.Gguf, where: str) -> TransformerConfig:
     head = get("embedding_length", int) // get("attention.head_count", int)
     for key, plain in (
         ("rope.scaling.type", "none"), ("attention.key_length", head), ("expert_count", 0),
+        ("rope.scaling.factor", 1.0), ("rope.scale_linear", 1.0),  # acts without a type, too
+        ("rope.scaling.attn_factor", 1.0), ("rope.dimension_count", head),
     ):  # fmt: skip
         value = stored.metadata.get(f"{architecture}.{key}")
         if value is not None and (type(value) is not type(plain) or value != plain):
