@@ -22,6 +22,7 @@ from minilora.engine.errors import CheckpointError, MiniloraError
 from minilora.files import atomic, safetensors
 from minilora.model.module import to_device
 from minilora.optim.adam8bit import AdamW8bit
+from minilora.quant.linear import quantize
 from minilora.train.checkpoint import KEEP, Checkpoints, State
 
 STEPS = 7
@@ -91,6 +92,14 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(tmp_path, device, hos
     second = run(device, tmp_path / "c", resume=True)
     assert second[0].steps == STEPS
     same(second, whole, host)
+
+
+def test_ctrl_c_in_the_last_step_comes_too_late(tmp_path, device, host, whole):
+    """Nothing is left to stop: the run has its last record, and so has one that is resumed."""
+    found = run(device, tmp_path / "c", stop_after=STEPS)
+    assert found[0].stopped == "finished"
+    same(found, whole, host)
+    same(run(device, tmp_path / "c", resume=True), whole, host)
 
 
 @pytest.mark.parametrize("kind", ["adamw8bit", "sgd"])
@@ -194,6 +203,24 @@ def test_other_data_another_model_and_another_purpose(tmp_path, device):
     ):
         with pytest.raises(MiniloraError, match=message):
             fit(o, loss, d, checkpoints=Checkpoints(tmp_path, about), **settings)
+
+
+@pytest.mark.parametrize("form", ["plain", "codes"])
+def test_other_frozen_weights_and_other_held_out_data(tmp_path, device, form):
+    """The best so far was the best on those; adapters learned beside these are of no use there."""
+
+    def resumed(seed=0, held_out=5):
+        model = to_device(model_of("llama", seed), device)
+        o = AdamW(adapted_of(quantize(model) if form == "codes" else model), lr=5e-3)
+        checkpoints = Checkpoints(tmp_path)
+        return fit(o, loss, data(), validation=data(held_out), checkpoints=checkpoints, steps=2,
+                   batch=4, every=1, resume=True)  # fmt: skip
+
+    first = resumed()
+    assert resumed().history == first.history
+    for changed, name in (({"seed": 1}, "frozen"), ({"held_out": 6}, "validation")):
+        with pytest.raises(CheckpointError, match=f"another run .{name}: saved [^;]*$"):
+            resumed(**changed)
 
 
 def test_an_old_run_is_not_overwritten_unasked(tmp_path, device):

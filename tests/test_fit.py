@@ -195,6 +195,25 @@ def test_a_second_ctrl_c_ends_it_at_once(device):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_run_that_broke_leaves_no_gradient_to_the_next(shards, device, host):
+    """Of three micro-batches the first was done."""
+
+    def breaking(model, batch, rng):
+        if step_and_part(rng) == (2, (0, 1)):
+            raise KeyboardInterrupt
+        return loss(model, batch, rng)
+
+    settings = {"batch": 12, "accumulate": 3, "shards": shards}
+    broken, whole = optimizer(device, SGD), optimizer(device, SGD)
+    with pytest.raises(KeyboardInterrupt):
+        fit(broken, breaking, data(), steps=2, **settings)
+    fit(whole, loss, data(), steps=1, **settings)
+    for o in (broken, whole):
+        fit(o, loss, data(), steps=2, seed=1, **settings)
+    assert host(broken.flat.data).tobytes() == host(whole.flat.data).tobytes()
+
+
 @op
 def poison(xp, x):
     return x * 1.0, (lambda g: g * float("nan"),)
@@ -238,6 +257,17 @@ def test_options_of_no_meaning_are_refused(option, device):
     options = {"steps": 1, "batch": 4} | {option: -1 if option == "steps" else 0}
     with pytest.raises(MiniloraError, match="expected"):
         fit(optimizer(device), loss, data(), **options)
+
+
+@pytest.mark.parametrize("option", [
+    {"clip": -1.0}, {"clip": 0.0}, {"clip": float("nan")}, {"patience": 0}, {"eval_batch": -1},
+    {"eval_batch": 0}, {"seed": -1}, {"batch": 2.0},
+])  # fmt: skip
+def test_options_that_would_train_otherwise_are_refused(option, device):
+    (name,) = option
+    with pytest.raises(MiniloraError, match=f"{name.removeprefix('eval_')}: expected a"):
+        fit(optimizer(device), loss, data(), validation=data(seed=1), steps=2,
+            **({"batch": 4} | option))  # fmt: skip
 
 
 def test_evaluate_is_the_mean_over_scored_items_and_builds_no_graph(device, dev, monkeypatch):

@@ -11,17 +11,19 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..engine.backend import device_of, to_device, to_numpy
+from ..engine.backend import device_of, is_array, to_device, to_numpy
 from ..engine.errors import CheckpointError, MiniloraError
+from ..engine.tensor import Tensor
 from ..files import safetensors
 from ..files.atomic import clear_stale
+from ..model.module import walk
 from .data import Data
 
 KEEP = 2
@@ -179,8 +181,21 @@ def expect_same_run(run: Mapping[str, Any], saved: Mapping[str, Any], where: Any
 
 def digest_of(data: Data) -> str:
     """sha256 of a Data's arrays, names and shapes included."""
+    return digest_of_arrays(sorted(data.arrays.items()))
+
+
+def digest_of_frozen(model: Any) -> str:
+    """sha256 of all arrays of a tree that do not train, codes and scales included."""
+    return digest_of_arrays(
+        (path, to_numpy(node.data if type(node) is Tensor else node))
+        for path, node in walk(model)
+        if type(node) is Tensor or is_array(node)
+    )
+
+
+def digest_of_arrays(arrays: Iterable[tuple[str, np.ndarray]]) -> str:
     sha = hashlib.sha256()
-    for name, array in sorted(data.arrays.items()):
+    for name, array in arrays:
         sha.update(f"{name}{array.dtype}{array.shape}".encode())
         sha.update(np.ascontiguousarray(array))
     return sha.hexdigest()

@@ -9,6 +9,7 @@ import numpy as np
 from ..engine.backend import to_device
 from ..engine.errors import MiniloraError
 from ..engine.loss import IGNORE
+from ..model.generate import is_whole
 
 Batch = dict[str, Any]  # the arrays of some examples, on the model's device
 
@@ -51,7 +52,13 @@ class Data:
 
     def in_order(self, size: int) -> Iterator[slice]:
         """Slices of at most `size` examples that cover all, in order."""
+        expect_batch(size)
         return (slice(start, start + size) for start in range(0, len(self), size))
+
+
+def expect_batch(size: int) -> None:
+    if not is_whole(size) or size < 1:
+        raise MiniloraError(f"batch: expected a whole number >= 1, found {size}")
 
 
 class Order:
@@ -61,8 +68,9 @@ class Order:
     """
 
     def __init__(self, n: int, batch: int, seed: int):
-        if not batch >= 1:
-            raise MiniloraError(f"batch: expected a whole number >= 1, found {batch}")
+        expect_batch(batch)
+        if not is_whole(seed) or seed < 0:
+            raise MiniloraError(f"seed: expected a whole number >= 0, found {seed}")
         self.n, self.batch, self.seed = n, batch, seed
         self.epochs: dict[int, np.ndarray] = {}
 

@@ -13,9 +13,10 @@ import numpy as np
 from ..engine.backend import device_of, xp_of
 from ..engine.errors import CheckpointError, MiniloraError, NumericsError
 from ..engine.progress import progress
+from ..model.generate import is_whole
 from ..model.module import freeze, tensors
 from ..optim.flat import LR
-from .checkpoint import Checkpoints, Fit, Tally, digest_of, reinstate, snapshot
+from .checkpoint import Checkpoints, Fit, Tally, digest_of, digest_of_frozen, reinstate, snapshot
 from .data import Data, Order
 from .parallel import Loss, Shards
 
@@ -68,15 +69,20 @@ def fit(
     `advance` makes a step: eagerly, or as a `fast.capture.CapturedStep`, on any device.
 
     Ctrl-C ends the run after the step it is in, with what was learned; a second one at once.
-    Errors: `CheckpointError` for checkpoints of another run, or any without `resume`;
+    A gradient that an earlier run left, having been ended within a step, is not used.
+    Errors: `MiniloraError` for an option out of range; `CheckpointError` for checkpoints of
+    another run (options, data, frozen weights), or any without `resume`;
     `NumericsError` when a loss or gradient was not finite, naming the step and the
     Parameter; steps after it have changed nothing by it.
     """
-    if steps < 0 or every < 1 or accumulate < 1 or shards < 1:
-        raise MiniloraError(
-            f"fit: expected steps >= 0 and every, accumulate, shards >= 1; "
-            f"found {steps}, {every}, {accumulate}, {shards}"
-        )
+    for name, value, least in (
+        ("steps", steps, 0), ("every", every, 1), ("accumulate", accumulate, 1),
+        ("shards", shards, 1), ("patience", 1 if patience is None else patience, 1),
+    ):  # fmt: skip
+        if not is_whole(value) or value < least:
+            raise MiniloraError(f"fit: {name}: expected a whole number >= {least}, found {value}")
+    if clip is not None and not clip > 0:
+        raise MiniloraError(f"fit: clip: expected a number > 0, found {clip}")
     order = Order(len(train), batch, seed)
     model, base_lr = optimizer.model, float(optimizer.control[LR])
     xp = xp_of(optimizer.control)
@@ -86,9 +92,14 @@ def fit(
     run = {
         "optimizer": type(optimizer).__name__, "lr": base_lr, "steps": steps, "batch": batch,
         "seed": seed, "clip": clip, "accumulate": accumulate, "shards": shards, "every": every,
-        "patience": patience, "train": digest_of(train) if checkpoints else "",
-        "about": checkpoints.about if checkpoints else {},
+        "patience": patience,
     }  # fmt: skip
+    if checkpoints is not None:
+        run |= {
+            "about": checkpoints.about, "train": digest_of(train),
+            "validation": None if validation is None else digest_of(validation),
+            "frozen": digest_of_frozen(model),
+        }  # fmt: skip
 
     def record(step: int, lr: float) -> dict[str, float]:
         bad = optimizer.first_bad()
@@ -118,6 +129,7 @@ def fit(
 
     if patience is not None and tally.waited >= patience:  # it had stopped early
         steps, result.stopped = result.steps, "early"
+    optimizer.flat.grad.fill(0)
     bar = progress(total=steps, label=label)
     bar.update(result.steps)
     with Shards(optimizer.flat, shards) as workers, interruptible() as interrupted:
@@ -133,7 +145,7 @@ def fit(
             tally.items += scored
             result.steps = step + 1
             bar.update(1)
-            stop = bool(interrupted)
+            stop = bool(interrupted) and result.steps < steps  # else there is nothing to stop
             if stop and result.steps % every:
                 save()  # before a record that an unbroken run would not have
             if result.steps % every == 0 or result.steps == steps or stop:
