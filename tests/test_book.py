@@ -129,6 +129,10 @@ def test_multiplications_are_counted():
     assert multiplications(lambda a, b: a @ (b @ b.T @ b), (a, b)) == 4 * 4 * 5 * 2 + 60
     into = lambda a, b, c: np.matmul(a, b, out=c).sum()
     assert multiplications(into, (a, b, np.empty((3, 5)))) == 60
+    assert multiplications(lambda a, b: np.dot(a, b).dot(b.T), (a, b)) == 60 + 3 * 5 * 4
+    assert multiplications(lambda a, b: np.dot(2, a) + a.dot(2.0), (a, b)) == 0
+    into = lambda a, b, c: np.dot(a, b, out=c).sum()
+    assert multiplications(into, (a, b, np.empty((3, 5)))) == 60
 
 
 def test_values_are_shown_short():

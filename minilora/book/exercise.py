@@ -188,13 +188,24 @@ class Counted(np.ndarray):
             Counted.total += result.size * plain[0].shape[-1]
         return result.view(Counted) if isinstance(result, np.ndarray) else result
 
+    def __array_function__(self, function: Any, types: Any, inputs: tuple, options: dict) -> Any:
+        if function is np.dot and [np.ndim(i) for i in inputs[:2]] == [2, 2]:
+            return np.matmul(*inputs, **options)  # the same, and counted above
+        return super().__array_function__(function, types, inputs, options)
+
+    def dot(self, other: Any, out: Any = None) -> Any:
+        return np.dot(self, other, out)
+
 
 def uncounted(value: Any) -> Any:
     return np.asarray(value) if isinstance(value, Counted) else value
 
 
 def multiplications(answer: Callable, arguments: tuple) -> int:
-    """How many multiplications the matrix products (`@`) inside `answer(*arguments)` make."""
+    """How many multiplications the matrix products inside `answer(*arguments)` make.
+
+    Those of `@`, `np.matmul` and `dot`; what `np.einsum` and its like multiply is not seen.
+    """
     Counted.total = 0
     answer(*[a.view(Counted) if isinstance(a, np.ndarray) else a for a in arguments])
     return Counted.total
