@@ -82,6 +82,15 @@ def test_ids_are_fixed_and_no_times_are_kept(path):
     assert not re.search(r"\d\s?(?:ms|seconds)\b", printed)
 
 
+@every_chapter
+def test_the_source_that_it_shows_is_the_source_that_there_is(path):
+    for cell in cells(path, "code"):
+        printed = "".join("".join(o.get("text", "")) for o in cell["outputs"])
+        pieces = re.split(r"^# (minilora/[\w/]+\.py)\n", printed, flags=re.M)
+        for file, shown in zip(pieces[1::2], pieces[2::2], strict=True):
+            assert shown.rstrip() in (ROOT / file).read_text(), f"{file}: run the chapter again"
+
+
 def imported(path):
     """Names that a chapter takes from minilora."""
     found = set()
