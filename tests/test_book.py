@@ -67,6 +67,16 @@ def test_an_answer_that_crashes_is_shown(e):
     assert "ZeroDivisionError" in str(verdict)
 
 
+def test_blocks_that_restart_with_every_row_are_found():
+    """Exercise 08.1 counts blocks row after row: they run across the ends of rows."""
+
+    def row_by_row(g, codes, scales, levels, block):
+        row, column = np.indices(codes.shape)
+        return g @ (levels[codes] * scales[row * (codes.shape[1] // block) + column // block])
+
+    assert exercise("08.1").verdict(row_by_row).state == "failed"
+
+
 DOUBLE = Exercise(
     name="x", statement="Double it.", hint="+", draw=lambda rng: (rng.standard_normal(2),),
     solution=lambda a: 2 * a, wrong=lambda a: a, labels=("a",),

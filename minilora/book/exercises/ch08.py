@@ -7,7 +7,7 @@ from ..exercise import Exercise
 
 def coded(rng: np.random.Generator) -> tuple:
     """g (n, d_out), codes (d_out, d_in), scales (flat blocks), levels (16,), block"""
-    d_out, d_in, block = int(rng.integers(2, 5)), 8, 4
+    d_out, d_in, block = 2 * int(rng.integers(1, 3)), int(rng.choice([6, 8])), 4  # 6: across rows
     codes = rng.integers(0, 16, (d_out, d_in))
     scales = rng.uniform(0.5, 2, d_out * d_in // block)
     return rng.standard_normal((3, d_out)), codes, scales, np.sort(rng.uniform(-1, 1, 16)), block
