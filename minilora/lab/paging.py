@@ -124,7 +124,7 @@ def paging_report(record: dict[str, Any]) -> str:
 
 
 def paging_figure(record: dict[str, Any], path: str | Path) -> Path:
-    """Above, bytes by step against the budget; below, which page is resident at which use."""
+    """Left, bytes by step against the budget; right, which page is resident at which use."""
     figure, (ax, timeline) = canvas(7.2, 4.4, panels=2)
     steps = record["steps"]
     x = np.arange(len(steps))
