@@ -12,6 +12,7 @@ from minilora import MiniloraError
 from minilora.book.exercise import Exercise, difference, multiplications, near, shown
 from minilora.book.exercises import EXERCISES, exercise
 from minilora.book.show import show
+from minilora.book.write import drafted, execute
 from minilora.engine.fused import linear
 from minilora.engine.tensor import Tensor
 
@@ -236,6 +237,14 @@ def test_a_cell_that_fails_leaves_the_notebook_as_it_was(made, tmp_path):
     assert done.returncode == 2
     assert "ZeroDivisionError" in done.stderr
     assert target.read_bytes() == made.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("cell", "words"), [("while True: pass", "timed out"), ("import os; os._exit(1)", "died")]
+)
+def test_a_cell_that_never_ends_or_ends_the_kernel_is_an_error(tmp_path, cell, words):
+    with pytest.raises(MiniloraError, match=words):
+        execute(drafted(f"```python\n{cell}\n```"), tmp_path, timeout=3)
 
 
 def test_what_is_no_notebook_is_named(tmp_path):

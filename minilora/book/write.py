@@ -60,16 +60,19 @@ def drafted(text: str) -> Any:
 def execute(notebook: Any, folder: Path, timeout: int = 600) -> Any:
     """Run every cell in a fresh kernel that stands in `folder`.
 
-    Errors: `MiniloraError` with the cell that failed.
+    Errors: `MiniloraError` with the cell that failed, took longer than `timeout` seconds, or
+    ended the kernel.
     """
     _, nbclient = tools()
+    errors = nbclient.exceptions
+    failures = errors.CellExecutionError, errors.CellTimeoutError, errors.DeadKernelError
     place = {"metadata": {"path": str(folder)}}
     client = nbclient.NotebookClient(
         notebook, timeout=timeout, kernel_name="python3", resources=place
     )
     try:
         client.execute(env=dict(os.environ))
-    except nbclient.exceptions.CellExecutionError as error:
+    except failures as error:
         raise MiniloraError(f"a cell failed:\n{error}") from None
     return notebook
 
