@@ -9,6 +9,7 @@ where CuPy goes on in silence:
     an index out of range     wraps around there
     a[i] = v, i with repeats  leaves there what happened to come last
     empty(...)                holds there what the pool left; here NaN, or -1
+    add.at(...)               adds there in whatever order; here in another one each time
 
 `stats` counts.  A call that takes or writes memory is one launch, a view is none.
 """
@@ -342,6 +343,18 @@ def call(function: Callable, *args: Any, **options: Any) -> Any:
     return result if out is None else out
 
 
+atomics = np.random.default_rng(0)
+
+
+def in_any_order(at: Callable, target: np.ndarray, place: tuple, values: Any) -> None:
+    """`at` by atomics: where an entry comes more than once, who is first is not said."""
+    spots = np.asarray(np.arange(target.size).reshape(target.shape)[place])
+    order = atomics.permutation(spots.size)
+    values = np.broadcast_to(np.asarray(values, target.dtype), spots.shape)
+    where = np.unravel_index(spots.reshape(-1)[order], target.shape)
+    at(target, where, values.reshape(-1)[order])
+
+
 class ufunc:
     """An entry-by-entry function, with those of its methods that CuPy has."""
 
@@ -365,7 +378,7 @@ class ufunc:
         if target.dtype.char in "?bBhHFD":
             raise TypeError(f"{self.__name__}.at: no atomic operation on {target.dtype}")
         place, _ = host_index(indices)
-        made(lambda: self.host.at(target._a, place, host_of(values)), writes=True)
+        made(lambda: in_any_order(self.host.at, target._a, place, host_of(values)), writes=True)
 
 
 # ---------------------------------------------------------------------- the library

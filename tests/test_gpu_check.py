@@ -96,6 +96,24 @@ def test_a_wrong_rule_for_bf16_fails_it(device, monkeypatch):
     assert all(row["limit"] == 1e-2 for row in rows)
 
 
+@pytest.mark.usefixtures("kernels")
+def test_a_sum_by_atomics_need_not_repeat_but_ours_does(device):
+    (sample,) = [s for s in SAMPLES if s.op.__name__ == "embedding"]
+    rows = {rules: gpu_gaps.op_gap(sample, np.random.default_rng(0), rules)
+            for rules in ("specification", "fast", "bf16")}  # fmt: skip
+    assert {rules: row["repeats"] for rules, row in rows.items()} == {
+        "specification": None, "fast": True, "bf16": True,
+    }  # fmt: skip
+    assert all(map(gpu_check.within, rows.values()))
+
+
+def test_a_step_is_checked_where_rounding_is_not_felt(device):
+    if device != "cuda":
+        pytest.skip("needs a device or its stand-in")
+    for seed in range(2):
+        assert gpu_gaps.step_gap("gpt2", seed)["gap"] < 5e-7
+
+
 def test_the_command_writes_the_record_and_its_figures(record, monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     from minilora.cli import main

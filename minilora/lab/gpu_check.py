@@ -206,12 +206,13 @@ def gpu_check(config: GpuCheckConfig) -> dict[str, Any]:
         and survived(record["spike"]) and losses_agree(record["race"])
         and all(row["same_tokens"] for row in record["decoding"])
         and all(row.get("clean", True) for row in record["watch"])
-        and all(within(row) and row["repeats"] for row in checked)
+        and all(within(row) and row["repeats"] is not False for row in checked)
     )  # fmt: skip
     return record
 
 
-CHECKED = ("ops", "codes", "steps", "optimizers", "curves")  # have a gap, and repeat or do not
+# What has a gap, and repeats, or does not, or need not (None).
+CHECKED = ("ops", "codes", "steps", "optimizers", "curves")
 
 
 def device_name(cupy: Any) -> str:

@@ -5,12 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.backend import is_array, to_device, to_numpy
+from ..engine.backend import cupy, is_array, to_device, to_numpy
 from ..engine.bf16 import BFLOAT16
 from ..engine.check import gradients
+from ..engine.fused import embedding
 from ..engine.rounding import cast_array
 from ..engine.rules import reference_rules
 from ..engine.tensor import Parameter, Tensor
+from ..fast.cuda_embedding import kernels
 from ..lora.lora import adapt
 from ..model.module import cast
 from ..model.module import to_device as tree_to_device
@@ -47,11 +49,17 @@ def poison() -> None:
         cupy.full(size, np.nan, np.float32)
 
 
+def by_atomics(sample: Sample, rules: str) -> bool:
+    """Is a sum left to `xp.add.at`?  On a card that adds in whatever order its threads come."""
+    return sample.op is embedding and (rules == "specification" or kernels.on(cupy()) is None)
+
+
 def op_gap(sample: Sample, rng: np.random.Generator, rules: str) -> dict[str, Any]:
     """One op on the device against float64 on the host, forward and back.
 
     `rules` is "specification" or "fast", both in float32, or "bf16": arrays, cotangents and
-    frozen bases rounded to bfloat16, for both sides.
+    frozen bases rounded to bfloat16, for both sides.  "Repeats" is None where that is not
+    asked: see `by_atomics`.
     """
     arrays, options = sample.draw(rng)
     dtype = BFLOAT16 if rules == "bf16" else np.float32
@@ -93,6 +101,7 @@ def op_gap(sample: Sample, rng: np.random.Generator, rules: str) -> dict[str, An
         np.array_equal(a, b)
         for a, b in zip([*found[0], *found[1]], [*again[0], *again[1]], strict=True)
     )
+    same = None if by_atomics(sample, rules) else same
     entry = {"op": sample.op.__name__, "rules": rules, "repeats": same}
     entry |= {"limit": LIMITS.get(rules, TOLERANCE)}
     return entry | gaps | {"gap": max(gaps.values())}
@@ -154,12 +163,17 @@ def code_gap(name: str, rng: np.random.Generator) -> dict[str, Any]:
 
 
 def step_gap(style: str, seed: int) -> dict[str, Any]:
-    """A LoRA step on the device: its loss, its gradients and the weights after three steps."""
+    """A LoRA step on the device: its loss before each of three steps, and the weights after them.
+
+    `eps` is a hundred times AdamW's own.  With that, an entry whose gradient is next to zero goes
+    wherever rounding sends it: in float32 on the host, with the rows of the batch in other
+    orders, one such entry brought half of all gaps above 1e-5; with this they are 2e-7.
+    """
     model = model_for(style, 64, 2, 32)
     ids = np.random.default_rng(seed).integers(0, 512, (4, 32))
 
     def run(model: Any, device: str) -> tuple[list, np.ndarray]:
-        optimizer = AdamW(tree_to_device(model, device), lr=1e-3)
+        optimizer = AdamW(tree_to_device(model, device), lr=1e-3, eps=1e-6)
         batch, losses = to_device(ids, device), []
         for _ in range(3):
             loss = optimizer.model.loss(batch, batch)
