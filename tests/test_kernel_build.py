@@ -21,6 +21,7 @@ from minilora.fast.cuda import FOLDER, Kernels
 pytestmark = pytest.mark.peers
 TABLE = Path(__file__).parent / "kernel_registers.json"
 CARDS = ("sm_80", "sm_90")
+CUPY = ("-ftz=true", "--device-as-default-execution-space")  # CuPy 14.2 adds these to ours
 
 
 def every_kernels():
@@ -60,7 +61,7 @@ def compiled(kernels, card, source=None, more=()):
     library.nvrtcCreateProgram(ctypes.byref(program), source, b"kernels.cu", 0, None, None)
     for name in kernels.names:
         library.nvrtcAddNameExpression(program, name.encode())
-    options = [*kernels.options, f"-arch={card}", "--ptxas-options=-v", *more]
+    options = [*kernels.options, *CUPY, f"-arch={card}", "--ptxas-options=-v", *more]
     words = (ctypes.c_char_p * len(options))(*[o.encode() for o in options])
     status = library.nvrtcCompileProgram(program, len(options), words)
     log = text_of(library, "ProgramLog", program)

@@ -26,11 +26,12 @@ def on_card(name):
 
 
 def numbers(rng, n, block):
-    """Blocks of all magnitudes; among them zeros, the tiny, ties, and the largest twice."""
+    """Blocks of all magnitudes of which 1/s and x/s are normal; among them zeros, ties, and the
+    largest twice."""
     w = rng.standard_normal(n).astype(np.float32)
     for start in range(0, n, block):
         part = w[start : start + block]
-        part *= np.float32(10.0 ** rng.integers(-44, 38))
+        part *= np.float32(10.0 ** rng.integers(-30, 38))
         kind = rng.integers(5)
         if kind == 0:
             part[...] = 0
@@ -62,6 +63,33 @@ def test_there_and_back(name, n, block, seed):
         _, names = launches(back, run)
         assert names == ["dequantize"]
         assert to_numpy(out).tobytes() == wanted.tobytes()
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_tiny_blocks_are_zeros_and_so_is_what_is_no_normal_number(name):
+    """CuPy compiles with -ftz=true, which the host does not do."""
+    w = np.random.default_rng(0).standard_normal(6 * 64).astype(np.float32).reshape(6, 64)
+    w *= np.float32([[1e-45], [1e-41], [1e-39], [1e-38], [1e-37], [1e-30]])
+    found = quantize_array(on_device(w.reshape(-1)), on_card(name))
+    dense = to_numpy(found.dense()).reshape(w.shape)
+    assert (to_numpy(found.scales)[:3] == 0).all()
+    assert (dense[:3] == 0).all()
+    least = np.float32(2.0**-126)
+    assert ((dense == 0) | (abs(dense) >= least)).all()
+    with reference_rules():
+        host = quantize_array(w.reshape(-1), name).dense().reshape(w.shape)
+    assert ((abs(host) > 0) & (abs(host) < least)).any()
+    normal = abs(host) >= least
+    np.testing.assert_allclose(dense[5], host[5], rtol=1e-6)
+    assert np.isclose(dense[normal], host[normal], rtol=1e-6).mean() > 0.99
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_blocks_whose_scale_has_no_normal_inverse(name):
+    w = np.random.default_rng(0).uniform(-3.4e38, 3.4e38, 1000)
+    found = quantize_array(on_device(w.astype(np.float32)), on_card(name))
+    gap = np.abs(to_numpy(found.dense()).astype(np.float64) - w).max() / 3.4e38
+    assert gap < 1.01 * np.diff(code(name).levels).max()  # and not 1: all of them zeros
 
 
 @some

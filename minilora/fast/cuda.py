@@ -37,7 +37,8 @@ class Kernels:
     type each scalar gets, for CuPy would pass a Python int as int64 and a float as float64;
     None is a null pointer.  A launch neither waits nor copies nor takes memory.
 
-    `exact` forbids fused multiply-adds, so that the bits are those of the specification;
+    `exact` forbids fused multiply-adds, so that the bits are those of the specification, but for
+    numbers below 2^-126: CuPy compiles all kernels, its own too, so that those are zero;
     `shared` is the most dynamic shared memory asked for, in bytes, where that is above 48 KiB.
     """
 

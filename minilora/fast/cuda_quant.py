@@ -1,4 +1,4 @@
-"""Codes and scales on a card, equal to the specification to the bit."""
+"""Codes and scales on a card, equal to the host's to the bit where nothing is below 2^-126."""
 
 from ..quant.blockwise import (
     dequantize_blocks,

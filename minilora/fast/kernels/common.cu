@@ -1,5 +1,6 @@
 // What every kernel file may use; the loader puts this text before it.  No #include anywhere.
 //
+// CuPy compiles with -ftz=true: a float below 2^-126, read or written by an operation, is zero.
 // Math is float32; `S` is the type that an array is stored in, float or bf16.  Rows and flat
 // arrays are walked four entries at a time where every pointer stands on 16 bytes, else singly.
 

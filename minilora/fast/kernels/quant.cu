@@ -1,4 +1,5 @@
 // Block-wise codes, to the bit: numbers to four bits, and four or eight bits back to numbers.
+// Save where a number on the way lies below 2^-126, which is taken for zero (see `common.cu`).
 
 // A warp per block of `block` entries.  A byte holds two codes, the first in the high half.
 // EXTREME: the scale is minus the entry of largest magnitude, the first of equals.  `bad` is set
@@ -40,7 +41,8 @@ __global__ void quantize4(unsigned char* packed, float* scales, int* bad, const 
     if (!fits) *bad = 1;  // whoever writes it, it is 1
     float scale = peak < 1.17549435e-38f ? 0.0f : EXTREME ? -x[where] : peak;
     float divisor = scale == 0 ? 1.0f : scale, inverse = 1 / divisor;
-    bool whole = length == block;  // bitsandbytes divides in a short last block
+    // bitsandbytes divides in a short last block; 1/s is taken for zero where s is above 2^126
+    bool whole = length == block && inverse != 0;
     unsigned char* bytes = packed + b * (block / 2);
     for (int i = lane; 2 * i < length; i += LANES) {
         int byte = 0;
