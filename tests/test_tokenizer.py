@@ -243,6 +243,39 @@ def test_a_tokenizer_written_is_the_one_read(tmp_path, split):
         assert getattr(back, name) == getattr(made, name), name
 
 
+START = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}},
+               {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["x"]}},
+}  # fmt: skip
+
+
+def with_late_tokens(folder, split):
+    """One added token that is looked for in the text as it is, and two in its normal form."""
+    content = json.loads(tokenizer_json(MADE[split]))
+    kept = {"special": False, "single_word": False, "lstrip": False, "rstrip": False}
+    content["added_tokens"] += [
+        kept | {"id": 320 + i, "content": text, "normalized": i > 0}
+        for i, text in enumerate(("bc", "abcd", "vi\u1ec7t"))
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return read_tokenizer(folder)
+
+
+@pytest.mark.parametrize("split", ["gpt2", "qwen2"])
+def test_normalized_tokens_are_looked_for_after_the_others(tmp_path, split):
+    ours = with_late_tokens(tmp_path, split)
+    plain = ours.encode_plain
+    assert ours.encode("abcd") == [*plain("a"), 320, *plain("d")]
+    assert ours.encode("vi\u1ec7t") == [322]
+    apart = "vie\u0302\u0323t"  # the same word in other characters, one to Unicode's form NFC
+    assert ours.encode(apart) == ([322] if ours.nfc else plain(apart))
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_json(ours))
+    assert read_tokenizer(tmp_path).late == {321, 322}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -254,6 +287,7 @@ def test_a_tokenizer_written_is_the_one_read(tmp_path, split):
         ({"model__merges": [["a"]]}, "two tokens"),
         ({"model__merges": [["a", "zzz"]]}, "a merge of no tokens"),
         ({"model__merges": "a b"}, "merges: expected list"),
+        ({"model__unk_token": "<|endoftext|>", "model__vocab": {"a": 0}}, "unk_token"),
         ({"model__end_of_word_suffix": "</w>"}, "end_of_word_suffix is not done here"),
         ({"normalizer": {"type": "Lowercase"}}, "expected none or NFC"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer: expected that of"),
@@ -274,6 +308,11 @@ def test_a_tokenizer_written_is_the_one_read(tmp_path, split):
             },
             "not done here",
         ),
+        (
+            {"post_processor": START | {"special_tokens": {"<|im_start|>": {"ids": [5]}}}},
+            "not done here",
+        ),
+        ({"post_processor": START | {"special_tokens": {}}}, "not done here"),
         ({"added_tokens": [1]}, "expected content and id"),
         ({"added_tokens": [{"content": "<x>", "id": 320, "lstrip": True}]}, "stripping"),
         ({"model": 3}, "model: expected dict"),
@@ -430,3 +469,14 @@ def test_ids_are_those_of_the_tokenizers_package_on_every_character(split):
                 continue
         assert ours.encode(text) == theirs.encode(text).ids
     assert passed_over <= 3
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("split", SPLITS)
+def test_ids_around_added_tokens_are_those_of_the_tokenizers_package(tmp_path, split):
+    package = pytest.importorskip("tokenizers")
+    ours = with_late_tokens(tmp_path, split)
+    theirs = package.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    parts = ["a", "b", "bc", "bcd", "abcd", "vi\u1ec7t", "vie\u0302\u0323t", "\u0301", "e", " "]
+    for text in map("".join, itertools.product(parts, repeat=4)):
+        assert ours.encode(text) == theirs.encode(text).ids, text

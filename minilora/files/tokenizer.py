@@ -32,6 +32,8 @@ class Tokenizer:
     control  ids that are not part of the text when it is decoded
     start    ids before every text
     stop     ids at which an answer ends
+    late     ids of special tokens that are looked for last, in what the others leave of the
+             text, in form NFC if `nfc`: "normalized" in a tokenizer.json
     nfc      whether the text is brought into Unicode's form NFC first
     whole_words   whether a word that is a token is taken without merging
     chat_template, if the model has one: its text, see `chat`
@@ -44,6 +46,7 @@ class Tokenizer:
     control: frozenset[int] = frozenset()
     start: tuple[int, ...] = ()
     stop: tuple[int, ...] = ()
+    late: frozenset[int] = frozenset()
     nfc: bool = False
     whole_words: bool = False
     chat_template: str | None = None
@@ -74,10 +77,15 @@ class Tokenizer:
         return {}
 
     @cached_property
-    def cutter(self) -> re.Pattern | None:
-        """What finds special tokens: the longest that begins at a place."""
-        longest_first = sorted(self.special, key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+    def cutters(self) -> tuple[re.Pattern, re.Pattern]:
+        """What finds special tokens, those that are not late and those that are."""
+        first = [text for text, i in self.special.items() if i not in self.late]
+        return finder(first), finder(self.late_ids)
+
+    @cached_property
+    def late_ids(self) -> dict[str, int]:
+        """Late token, in normal form -> its id."""
+        return {self.normal(text): i for text, i in self.special.items() if i in self.late}
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -95,20 +103,25 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise MiniloraError(f"text: expected Unicode, found {error}") from None
         out = list(self.start) if start else []
-        pieces = self.cutter.split(text) if special and self.cutter else [text]
-        for i, piece in enumerate(pieces):
+        if not special:
+            return out + self.encode_plain(text)
+        first, late = self.cutters
+        for i, piece in enumerate(first.split(text)):
             if i % 2:
                 out.append(self.special[piece])
-            else:
-                out += self.encode_plain(piece)
+                continue
+            for j, rest in enumerate(late.split(self.normal(piece))):
+                out += [self.late_ids[rest]] if j % 2 else self.encode_plain(rest)
         return out
+
+    def normal(self, text: str) -> str:
+        """The text in form NFC, if this tokenizer reads it so."""
+        return unicodedata.normalize("NFC", text) if self.nfc else text
 
     def encode_plain(self, text: str) -> list[int]:
         """The ids of a text without special tokens."""
-        if self.nfc:
-            text = unicodedata.normalize("NFC", text)
         out: list[int] = []
-        for word in SPLITS[self.split](text):
+        for word in SPLITS[self.split](self.normal(text)):
             found = self.words.get(word)
             if found is None:
                 spelled = spell(word)
@@ -158,6 +171,12 @@ class Tokenizer:
             ids = [self.special[text]] if is_control else self.encode_plain(text)
             parts.append((ids, who.startswith("assistant")))
         return parts
+
+
+def finder(texts: Iterable[str]) -> re.Pattern:
+    """What finds any of some texts: the longest that begins at a place."""
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
 
 class Stream:

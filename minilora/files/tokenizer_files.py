@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..engine.errors import FormatError
-from .bpe import Pair
+from .bpe import ALPHABET, Pair
 from .split import LLAMA3, QWEN2
 from .tokenizer import Tokenizer
 from .untrusted import load_json, map_file, short
@@ -55,7 +55,7 @@ def read_tokenizer(directory: str | os.PathLike) -> Tokenizer:
     if type(added) is not list:
         raise FormatError(f"{path}: added_tokens: expected list, found {short(added)}")
     special: dict[str, int] = {}
-    control = set()
+    control, late = set(), set()
     for token in added:
         if type(inside_of(token, "content")) is not str or not token["content"]:
             raise FormatError(
@@ -73,6 +73,10 @@ def read_tokenizer(directory: str | os.PathLike) -> Tokenizer:
         special[text] = i
         if token.get("special"):
             control.add(i)
+        if token.get("normalized"):
+            late.add(i)
+    if model.get("unk_token") and not ids.keys() >= set(ALPHABET):
+        raise FormatError(f"{path}: unk_token: a token for bytes without one is not done here")
     tokens = in_order(path, ids)
     merges = [pair_of(path, merge) for merge in expect(path, model, "merges", list)]
     normalizer = content.get("normalizer")
@@ -82,8 +86,8 @@ def read_tokenizer(directory: str | os.PathLike) -> Tokenizer:
     return Tokenizer(
         tokens, merges, split_of(path, content.get("pre_tokenizer")), special, frozenset(control),
         start=start_of(path, content.get("post_processor"), ids), stop=stops,
-        nfc=normalizer is not None, whole_words=bool(model.get("ignore_merges")),
-        chat_template=template,
+        late=frozenset(late), nfc=normalizer is not None,
+        whole_words=bool(model.get("ignore_merges")), chat_template=template,
     )  # fmt: skip
 
 
@@ -188,7 +192,12 @@ def start_of(where: Any, found: Any, ids: Mapping[str, int]) -> tuple[int, ...]:
         single = step.get("single") if kind == "TemplateProcessing" else None
         *before, last = single if type(single) is list and single else [None]
         names = [inside_of(inside_of(part, "SpecialToken"), "id") for part in before]
-        known = all(type(name) is str and name in ids for name in names)
+        given = inside_of(step, "special_tokens")  # a name there may stand for other ids
+        known = all(
+            type(name) is str and name in ids
+            and inside_of(inside_of(given, name), "ids") == [ids[name]]
+            for name in names
+        )  # fmt: skip
         if inside_of(last, "Sequence") is None or not known:
             raise FormatError(f"{where}: post_processor: {short(step)} is not done here")
         start = tuple(ids[name] for name in names)
@@ -231,7 +240,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> bytes:
     added = [
         {
             "id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
-            "normalized": False, "special": i in tokenizer.control,
+            "normalized": i in tokenizer.late, "special": i in tokenizer.control,
         }
         for text, i in sorted(tokenizer.special.items(), key=lambda item: item[1])
     ]  # fmt: skip
