@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from . import __version__
-from .cli_model import add_commands, folder, names
+from .cli_model import add_commands, folder, names, show_and_write
 from .engine.errors import MiniloraError
 from .engine.workers import threads
 from .lab.machine import keep_large_blocks
@@ -218,12 +218,15 @@ def run_gpu_check(args: argparse.Namespace) -> int:
     from .lab.gpu_report import gpu_report
 
     record = gpu_check(GpuCheckConfig(seed=args.seed))
-    print(gpu_report(record))
     if "skipped" in record:
+        print(gpu_report(record))
         return 0
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "gpu_check.json"
-    replace_file(path, json.dumps(record, indent=1).encode() + b"\n")
+    try:
+        print(gpu_report(record))
+    finally:  # as in `show_and_write`
+        args.out.mkdir(parents=True, exist_ok=True)
+        replace_file(path, json.dumps(record, indent=1).encode() + b"\n")
     print(f"record   {path}")
     try:
         for figure in gpu_figures(record, args.out):
@@ -254,9 +257,7 @@ def run_experiment(args: argparse.Namespace) -> int:
     if min(options.values(), default=1) < 1:
         raise MiniloraError(f"expected seeds and jobs >= 1, found {options}")
     record = run(config(**options))
-    print(json.dumps(record, indent=1) if args.json else report(record))
-    say = partial(print, file=sys.stderr if args.json else sys.stdout)
-    write_record(record, args.out / f"{args.command}.json", draw, say)
+    show_and_write(args, record, report, args.out / f"{args.command}.json", draw)
     return 0
 
 
@@ -273,9 +274,8 @@ def run_bench(args: argparse.Namespace) -> int:
         rounds=args.rounds,
     )
     record = bench(config)
-    print(json.dumps(record, indent=1) if args.json else bench_report(record))
-    say = partial(print, file=sys.stderr if args.json else sys.stdout)
-    write_record(record, args.out / f"bench_{config.suite}.json", bench_figure, say)
+    path = args.out / f"bench_{config.suite}.json"
+    show_and_write(args, record, bench_report, path, bench_figure)
     return 0
 
 
@@ -296,16 +296,17 @@ def run_compare(args: argparse.Namespace) -> int:
     if args.quick:
         config = compare.quick(config, task)
     record = compare.compare(config)
-    text = json.dumps(record, indent=1)
-    print(text if args.json else report(record))
-
     say = partial(print, file=sys.stderr if args.json else sys.stdout)
     name = args.task if args.data is None else args.data.stem
     quick = "_quick" if args.quick else ""
     suffix = quick if name == "dates" else f"_{name}{quick}"
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"compare_{name}{quick}.json"
-    replace_file(path, text.encode() + b"\n")
+    text = json.dumps(record, indent=1)
+    try:
+        print(text if args.json else report(record))
+    finally:  # as in `show_and_write`
+        args.out.mkdir(parents=True, exist_ok=True)
+        replace_file(path, text.encode() + b"\n")
     say(f"\nrecord   {path}")
     try:
         for draw in (figures.rank_vs_quality, figures.memory):
@@ -321,15 +322,20 @@ def run_pretrain(args: argparse.Namespace) -> int:
     from .files.trees import DATA, save_tree
     from .train.pretrain import pretrain
 
-    result, score = pretrain(args.base, steps=args.steps, seed=args.seed)
     path = args.out or DATA / f"{args.base}.safetensors"
+    if path.is_dir() or not path.absolute().parent.is_dir():  # asked before the work
+        raise MiniloraError(f"out: expected a file in a folder that is there, found {path}")
+    result, score = pretrain(args.base, steps=args.steps, seed=args.seed)
     save_tree(path, result.model, np.float16)
     print(f"{args.base}: score {score:.3f} on test data after {result.steps} steps; wrote {path}")
     return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 when it did what it says, 2 for bad input, 130 after Ctrl-C."""
+    """Run one command.
+
+    0 when it did what it says, 2 for bad input, 130 after Ctrl-C, 141 where nobody reads on.
+    """
     args = parser().parse_args(arguments)
     if args.command is None:
         from .train.tasks import TASKS
@@ -343,10 +349,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if arguments is None:  # a process of our own
         keep_large_blocks()
+        if sys.stdout is not None:  # a sign that the terminal cannot show is no reason to stop
+            sys.stdout.reconfigure(errors="replace")
     try:
         with threads(os.cpu_count() or 1):
-            return args.run(args)
-    except MiniloraError as error:
+            code = args.run(args)
+        print(end="", flush=True)  # or Python would find out later, and say so in its own way
+        return code
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (MiniloraError, OSError, MemoryError) as error:
         print(f"minilora {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

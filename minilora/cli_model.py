@@ -5,11 +5,14 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .engine.errors import MiniloraError
+from .engine.progress import on_terminal
+from .lab.report import write_record
 
 MODEL = "smollm2 (default), a .gguf file, or a Hugging Face directory"
 
@@ -17,7 +20,10 @@ MODEL = "smollm2 (default), a .gguf file, or a Hugging Face directory"
 def folder(text: str) -> Path:
     """A directory that is there, or can be made: asked before the work, not after it."""
     path = Path(text)
-    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+    try:
+        nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+    except OSError as error:  # a name that is too long; no directory to start from
+        raise argparse.ArgumentTypeError(f"expected a folder to write to: {error}") from None
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise argparse.ArgumentTypeError(f"expected a folder to write to, found {nearest}")
     return path
@@ -25,6 +31,19 @@ def folder(text: str) -> Path:
 
 def names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def show_and_write(
+    args: argparse.Namespace, record: dict, report: Callable, path: Path, draw: Callable
+) -> None:
+    """Print a record as its table, or as it is, and write it with its figure.
+
+    It is written even where the printing fails, by `| head` or a full disk: it took long.
+    """
+    try:
+        print(json.dumps(record, indent=1) if args.json else report(record))
+    finally:
+        write_record(record, path, draw, partial(print, file=sys.stderr if args.json else None))
 
 
 def add_commands(commands: Any) -> None:
@@ -124,7 +143,10 @@ def add_commands(commands: Any) -> None:
 def run_generate(args: argparse.Namespace) -> int:
     from .lab import answer
 
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    try:
+        text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    except UnicodeDecodeError as error:
+        raise MiniloraError(f"prompt: expected text ({error})") from None
     source, tokenizer = answer.open_for_text(args.model)
     ids = answer.prompt_ids(tokenizer, text, args.chat, args.system)
     options = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
@@ -139,7 +161,7 @@ def run_generate(args: argparse.Namespace) -> int:
     for piece in answer.streamed(model, tokenizer, ids, args.tokens, **options):
         print(piece, end="", flush=True)
     print()
-    if sys.stderr.isatty():
+    if on_terminal():
         print(f"({time.monotonic() - began:.1f} s)", file=sys.stderr)
     return 0
 
@@ -196,7 +218,6 @@ def run_convert(args: argparse.Namespace) -> int:
 
 def run_perplexity(args: argparse.Namespace) -> int:
     from .lab import perplexity as lab
-    from .lab.report import write_record
 
     if args.windows < 2:
         raise MiniloraError(f"windows: expected at least 2, found {args.windows}")
@@ -205,7 +226,6 @@ def run_perplexity(args: argparse.Namespace) -> int:
         if name in lab.PerplexityConfig.__dataclass_fields__
     }  # fmt: skip
     record = lab.perplexity(lab.PerplexityConfig(**options))
-    print(json.dumps(record, indent=1) if args.json else lab.perplexity_report(record))
-    say = partial(print, file=sys.stderr if args.json else sys.stdout)
-    write_record(record, args.out / "perplexity.json", lab.perplexity_figure, say)
+    path = args.out / "perplexity.json"
+    show_and_write(args, record, lab.perplexity_report, path, lab.perplexity_figure)
     return 0

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from real_files import adapted_of, model_of
 
 from minilora import MiniloraError, get_task
 from minilora.engine.progress import progress
+from minilora.files.peft import save_adapter
 from minilora.lab import compare as lab
 from minilora.lab import figures
 from minilora.lab.report import report
@@ -163,13 +165,15 @@ def test_configs_of_no_meaning(options, message):
 # -------------------------------------------------------------------- the command line
 
 
-def minilora(*arguments, cwd=None, env=None):
+def minilora(*arguments, cwd=None, env=None, stdout=subprocess.PIPE):
     """The command of the package under test, wherever it runs."""
     here = str(Path(lab.__file__).parents[2])
     env = dict(env or os.environ)
     env["PYTHONPATH"] = os.pathsep.join([*filter(None, [env.get("PYTHONPATH")]), here])
     command = [sys.executable, "-m", "minilora", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
+    return subprocess.run(
+        command, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=cwd, env=env
+    )
 
 
 def test_alone_it_prints_a_screenful():
@@ -196,6 +200,13 @@ def test_alone_it_prints_a_screenful():
         (["compare", "--task", "sort", "--data", "x.txt"], "--data"),
         (["conpare"], "conpare"),
         (["pretrain", "dreams"], "dates"),
+        (["pretrain", "dates", "--seed", "-1"], "seed: expected a whole number >= 0"),
+        (["pretrain", "dates", "--out", "no/folder"], "expected a file in a folder that is there"),
+        (["memory", "--block", "0"], "block: expected one of"),
+        (["memory", "--block", "-64"], "block: expected one of"),
+        (["memory", "--out", "x" * 300], "expected a folder to write to"),
+        (["bench", "--shapes", ""], "shapes: expected at least one"),
+        (["book", "."], "Is a directory"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(arguments, words, tmp_path):
@@ -219,6 +230,38 @@ def test_a_run_writes_its_record_and_figures(tmp_path):
     assert all(name in done.stdout for name in written)
     as_json = minilora(*run, "--json", cwd=tmp_path)
     assert json.loads(as_json.stdout)["kind"] == "compare"
+
+
+def test_a_reader_who_stops_reading_loses_nothing(tmp_path):
+    """`| head`: no traceback, and what was worked out is written all the same."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    run = ["compare", "--task", "planted", "--quick", "--ranks", "2", "--out", tmp_path, "--json"]
+    done = minilora(*run, env=os.environ | {"PYTHONUNBUFFERED": "1"}, stdout=writing)
+    assert done.returncode == 141
+    assert done.stderr == ""
+    assert json.loads((tmp_path / "compare_planted_quick.json").read_text())["kind"] == "compare"
+    done = minilora("inspect", adapter_at(tmp_path / "adapter"), stdout=writing)  # told at the end
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_output_that_cannot_be_written_or_shown(tmp_path):
+    adapter = adapter_at(tmp_path / "adapter")
+    with open("/dev/full", "w") as full:
+        done = minilora("inspect", adapter, stdout=full)
+    assert done.returncode != 0
+    assert done.stderr.startswith("minilora inspect: ")
+    assert "Traceback" not in done.stderr
+    done = minilora("inspect", adapter, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "??W?" in done.stdout  # the norm of the update
+
+
+def adapter_at(path):
+    save_adapter(path, adapted_of(model_of()))
+    return path
 
 
 def test_with_numpy_alone_the_table_still_comes(tmp_path):

@@ -21,9 +21,14 @@ class Silent:
     def close(self) -> None: ...
 
 
+def on_terminal() -> bool:
+    """Is there a standard error, and is it a terminal?"""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 def progress(iterable: Iterable | None = None, *, total: int | None = None, label: str = "") -> Any:
     """A tqdm bar on a terminal; where stderr is none, or tqdm is missing, the same silently."""
-    if not sys.stderr.isatty():
+    if not on_terminal():
         return Silent(iterable)
     try:
         from tqdm import tqdm

@@ -91,10 +91,12 @@ RECIPES = {
 def pretrain(name: str, *, steps: int | None = None, seed: int = 0) -> tuple[Fit, float]:
     """Train the base `name` from scratch; the run, and the score on its test data.
 
-    Errors: `MiniloraError` listing the bases there are.
+    Errors: `MiniloraError` listing the bases there are, or for a seed below 0.
     """
     if name not in RECIPES:
         raise MiniloraError(f"base: expected one of {', '.join(RECIPES)}; found {name!r}")
+    if seed < 0:
+        raise MiniloraError(f"seed: expected a whole number >= 0, found {seed}")
     recipe = RECIPES[name]
     data = recipe.splits()
     steps = recipe.steps if steps is None else steps
