@@ -130,6 +130,12 @@ def test_a_seed_draws_the_held_out_lines(folder):
     assert len(draws[0]["ids"]) == 6
 
 
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+def test_neither_part_is_ever_empty(folder, share):
+    corpus = read_corpus(written(folder, [talk("a", "b"), talk("c", "d")]), TOKENIZER, 64, share)
+    assert len(corpus.train) == len(corpus.held_out) == 1
+
+
 def test_compressed_text_empty_lines_and_what_ships(folder):
     (folder / "data.txt.xz").write_bytes(lzma.compress(b"some text of some length " * 20))
     assert read_corpus(folder / "data.txt.xz", TOKENIZER, 16).kind == "text"

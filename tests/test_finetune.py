@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from real_files import adapted_of, logits, model_of, tokenizer_of
 from minilora import cli
 from minilora.engine.errors import BaseMismatchWarning
 from minilora.engine.forked import can_fork, copies
+from minilora.engine.tensor import Tensor
+from minilora.files import safetensors
 from minilora.files.huggingface import read_huggingface, save_huggingface
 from minilora.files.peft import load_adapter, save_adapter
 from minilora.lab import finetune as lab
@@ -19,6 +22,7 @@ from minilora.lab.perplexity import above
 from minilora.lab.report import size
 from minilora.lora.lora import merge
 from minilora.model.generate import each_token, generate
+from minilora.model.layers import Linear
 from minilora.quant.linear import quantize
 
 pytest.importorskip("matplotlib")
@@ -188,6 +192,9 @@ def test_interrupted_and_resumed_is_the_run_never_interrupted(tmp_path, capsys, 
         (["--shards", "0"], "shards: expected >= 1"),
         (["--lr", "nan"], "lr: expected a number > 0"),
         (["--epochs", "-1"], "epochs: expected a number > 0"),
+        (["--epochs", "1e308"], "epochs: expected fewer than 1e+09 steps"),
+        (["--seed", "-1"], "seed: expected >= 0, found -1"),
+        (["--batch", "1000000000000"], "Unable to allocate"),
         (["--alpha", "0"], "alpha: expected a number > 0"),
         (["--held-out", "1"], "share in (0, 1)"),
         (["--max-len", "1"], "length >= 2"),
@@ -213,6 +220,19 @@ def test_a_directory_with_other_things_is_refused_before_any_work(tmp_path, caps
     code, _, error = finetuned(capsys, place, tmp_path / "out")
     assert code == 2
     assert "thesis.txt, which would be lost" in error
+
+
+def test_of_a_long_question_the_end_is_asked(tmp_path, capsys, place):
+    question = "red blue green one two three " * 2
+    line = json.dumps({"prompt": question, "completion": "red"})
+    (tmp_path / "long.jsonl").write_text("\n".join([line] * 4))
+    code, told, _ = finetuned(capsys, place, tmp_path / "out", "--max-len", 64, "--json",
+                              data=tmp_path / "long.jsonl")  # fmt: skip
+    assert code == 0
+    record = json.loads(told)
+    for sample in record["samples"]:
+        assert len(tokenizer_of().encode(sample["prompt"])) == 64 - lab.SAMPLE_TOKENS
+        assert question.endswith(sample["prompt"])
 
 
 def test_a_model_without_a_tokenizer(tmp_path, capsys, place):
@@ -316,6 +336,15 @@ def test_inspect(tmp_path, capsys, place, adapter):
     assert json.loads(command(capsys, "inspect", adapter, "--json")[1])["numbers"] > 0
     code, _, error = command(capsys, "inspect", tmp_path)
     assert (code, "no such file" in error) == (2, True)
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    for a, b in (((4, 32), (32, 8)), ((4,), (32, 4)), ((0, 32), (32, 0)), ((3, 32), (32, 3))):
+        factors = {"A.weight": np.ones(a, np.float32), "B.weight": np.ones(b, np.float32)}
+        safetensors.write(tmp_path / "adapter_model.safetensors",
+                          {prefix + name: f for name, f in factors.items()})  # fmt: skip
+        code, _, error = command(capsys, "inspect", tmp_path)
+        assert (code, "q_proj: expected A (4, d_in) and B (d_out, 4)" in error) == (2, True)
     assert effective_rank(np.array([2.0, 2.0, 2.0])) == pytest.approx(3)
     assert effective_rank(np.zeros(3)) == 0
 
@@ -345,6 +374,16 @@ def test_perplexity(tmp_path, capsys, place, adapter):
         code, _, error = command(capsys, *common, *more)
         assert code == 2
         assert message in error
+
+
+def test_a_model_that_predicts_nothing_has_no_perplexity(tmp_path, capsys, place):
+    """exp of its loss is no float."""
+    tree = model_of("llama")
+    head = Linear(Tensor(tree.head.weight.data * np.float32(1e4)), tree.head.bias)
+    save_huggingface(tmp_path / "wild", replace(tree, head=head), tokenizer_of())
+    code, _, error = command(capsys, "perplexity", "--model", tmp_path / "wild", "--data",
+                             place / "text.txt", "--max-len", 32, "--out", tmp_path)  # fmt: skip
+    assert (code, "float32: expected a loss below 700, found" in error) == (2, True)
 
 
 def test_the_standard_error_of_a_weighted_mean():

@@ -31,6 +31,7 @@ from .machine import Peak, held_at_most, machine, memory
 
 METHODS = ("lora", "qlora")
 SAMPLE_TOKENS = 32
+MOST_STEPS = 1e9  # the names of checkpoints have nine digits
 CLIP, WARMUP, RECORDS = 1.0, 0.05, 5  # of the norm; of the steps; evaluations in a run
 
 
@@ -69,6 +70,8 @@ class FinetuneConfig:
         for name in ("rank", "batch", "grad_accum", "shards"):
             if getattr(self, name) < 1:
                 raise MiniloraError(f"{name}: expected >= 1, found {getattr(self, name)}")
+        if self.seed < 0:
+            raise MiniloraError(f"seed: expected >= 0, found {self.seed}")
         for name in ("lr", "epochs", "alpha"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
@@ -112,7 +115,7 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> dict[str, Any]:
         source = source._replace(model=None)  # only the codes stay, once `base` is them
         base = quantize(base, config.targets, code=config.code)
         losses["quantized base"] = evaluate(base, token_loss, corpus.held_out, config.batch)
-    questions = questions_of(config, corpus, tokenizer)
+    questions = questions_of(config, corpus, tokenizer, base.config.context)
     samples = [{"prompt": q, "before": a} for q, a in asked(base, tokenizer, questions)]
 
     adapted = adapt(
@@ -162,7 +165,10 @@ def train(
     """The run, how many steps it was to take and how many were taken here, since the last
     interruption; bytes at the peak."""
     examples = config.batch * config.grad_accum
-    steps = max(1, math.ceil(config.epochs * len(corpus.train) / examples))
+    wanted = config.epochs * len(corpus.train) / examples
+    if not wanted < MOST_STEPS:
+        raise MiniloraError(f"epochs: expected fewer than {MOST_STEPS:.0e} steps, found {wanted}")
+    steps = max(1, math.ceil(wanted))
     about = {k: v for k, v in asdict(config).items() if k not in ("out", "prompts")}
     peaks: list[int] = []
 
@@ -202,17 +208,17 @@ def tokens_seen(corpus: Corpus, config: FinetuneConfig, steps: int) -> float:
 
 
 def questions_of(
-    config: FinetuneConfig, corpus: Corpus, tokenizer: Tokenizer
+    config: FinetuneConfig, corpus: Corpus, tokenizer: Tokenizer, context: int
 ) -> list[tuple[str, list[int]]]:
-    """What the model is asked before and after: (text, ids)."""
+    """What the model is asked before and after: (text, ids); of a long one the end."""
     if config.prompts:
         chat = corpus.kind == "messages"
         return [(text, prompt_ids(tokenizer, text, chat)) for text in config.prompts]
-    found = []
+    found, room = [], max(1, context - SAMPLE_TOKENS)  # an answer has to fit behind a question
     for part in (corpus.train, corpus.held_out):
         ids, targets = part.arrays["ids"][0], part.arrays["targets"][0]
         first = int(np.flatnonzero(targets >= 0)[0]) + 1  # up to the first token that is scored
-        start = ids[: first if corpus.kind != "text" else 24].tolist()
+        start = ids[: first if corpus.kind != "text" else 24][-room:].tolist()
         found.append((tokenizer.decode(start, control=True), start))
     return found
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..engine.errors import AdapterError
 from ..files.peft import BASE_DIGEST, WEIGHTS, decoded, parsed, read_weights
 from ..files.peft_config import pattern_value, read_adapter_config
 from ..lora.lora import scale_of
@@ -34,6 +35,12 @@ def inspect_adapter(directory: str | os.PathLike) -> dict[str, Any]:
         if set(pair) != {"A", "B"}:
             continue  # told as "odd" below
         A, B = (decoded(directory, stored, pair[x]).astype(np.float64) for x in "AB")
+        r = pattern_value(config["rank_pattern"], module, config["r"])
+        if A.ndim != 2 or B.ndim != 2 or not len(A) == B.shape[1] == r:
+            raise AdapterError(
+                f"{directory / WEIGHTS}: {module}: expected A ({r}, d_in) and B (d_out, {r}), "
+                f"found {A.shape} and {B.shape}"
+            )
         alpha = float(pattern_value(config["alpha_pattern"], module, config["lora_alpha"]))
         s = scale_of(len(A), alpha, config["use_rslora"])
         values = s * singular_values(A, B)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.errors import MiniloraError
+from ..engine.errors import MiniloraError, NumericsError
 from ..engine.progress import progress
 from ..files.peft import load_adapter
 from ..quant.linear import quantize
@@ -24,6 +24,7 @@ from .machine import machine
 from .report import size, table
 
 PLAIN = "float32"
+MOST_NATS = 700  # exp of a little more is no float
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,8 @@ def perplexity(config: PerplexityConfig) -> dict[str, Any]:
 
     The windows lie evenly over the text; each begins without context, so that the figures
     are for comparing models on one setting, not for comparing settings.
-    Errors: `MiniloraError` for no code, a model without a tokenizer or a text of fewer windows
-    than two;
-    `QuantError` for a code that is not known.
+    Errors: `MiniloraError` for a model without a tokenizer, a text of fewer windows than two, or
+    no codes; `QuantError` for a code that is not known; `NumericsError` for a broken model.
     """
     began = time.monotonic()
     if not config.codes:
@@ -74,6 +74,8 @@ def perplexity(config: PerplexityConfig) -> dict[str, Any]:
         if not rows:
             first = losses
         mean = float(share @ losses)
+        if not mean < MOST_NATS:
+            raise NumericsError(f"{name}: expected a loss below {MOST_NATS}, found {mean}")
         rows.append({"code": name, "loss": mean, "perplexity": math.exp(mean),
                      "bytes": held_bytes(model)} | above(losses - first, share))  # fmt: skip
     return {

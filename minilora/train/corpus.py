@@ -76,8 +76,8 @@ def read_corpus(
 ) -> Corpus:
     """Read a .jsonl or .txt file, or a text that ships (`persona`, `genesis`, `plays`).
 
-    `held_out` is the share kept for validation, at least one example: the end of a text, or
-    lines drawn by `seed`.
+    `held_out` is the share kept for validation, at least one example but not all: the end of
+    a text, or lines drawn by `seed`.
     Errors: `MissingFileError`; `FormatError` naming the line; `MiniloraError` for a length or
     share out of range, or a file with fewer than two examples.
     """
@@ -107,7 +107,7 @@ def read_corpus(
         raise MiniloraError(f"{path}: expected at least two examples, found {len(rows)}")
     counts["tokens"] = sum(len(ids) for ids, _ in rows)
     counts["scored"] = sum(sum(scored[1:]) for _, scored in rows)
-    kept = max(1, round(held_out * len(rows)))
+    kept = min(max(1, round(held_out * len(rows))), len(rows) - 1)
     train, last = order[: len(rows) - kept], order[len(rows) - kept :]
     return Corpus(
         padded([rows[i] for i in sorted(train)]), padded([rows[i] for i in sorted(last)]),
