@@ -270,7 +270,8 @@ def test_top_k_one_is_greedy_and_cold_is_greedy():
     z = np.array([0.0, 3.0, 3.0, -1.0])
     for u in (0.0, 0.5, 0.999999):
         assert draw(z, u, 1.0, 1, None) == 1  # ties to the lower id
-        assert draw(np.array([0.0, 3.0, 2.0]), u, 1e-4, None, None) == 1
+        for temperature in (1e-4, 1e-308, 5e-324):  # 3 / 1e-308 is no float
+            assert draw(np.array([0.0, 3.0, 2.0]), u, temperature, None, None) == 1
         assert draw(np.array([0.0, 3.0, 2.0]), u, 1.0, None, 1e-9) == 1
 
 

@@ -181,10 +181,11 @@ def draw(
     `top_k` keeps the k likeliest; `top_p` then keeps the fewest of the likeliest whose
     share reaches p (Holtzman et al. 2020).  Ties go to the lower id.  logits (V,), host.
     """
-    z = logits.astype(np.float64) / temperature
+    z = logits.astype(np.float64)
     if not np.isfinite(z.max()):
         raise NumericsError(f"generate: expected finite logits, found a maximum of {z.max()}")
-    p = np.exp(z - z.max())
+    with np.errstate(over="ignore"):  # where it is cold, the others are infinitely less likely
+        p = np.exp((z - z.max()) / temperature)
     if top_k is not None or top_p is not None:
         order = np.argsort(-p, kind="stable")
         keep = len(p) if top_k is None else min(top_k, len(p))
