@@ -297,7 +297,7 @@ def run_compare(args: argparse.Namespace) -> int:
         config = compare.quick(config, task)
     record = compare.compare(config)
     say = partial(print, file=sys.stderr if args.json else sys.stdout)
-    name = args.task if args.data is None else args.data.stem
+    name = args.task if args.data is None else f"data-{args.data.stem}"  # a task's stay its own
     quick = "_quick" if args.quick else ""
     suffix = quick if name == "dates" else f"_{name}{quick}"
     path = args.out / f"compare_{name}{quick}.json"

@@ -13,6 +13,7 @@ import pytest
 from real_files import adapted_of, model_of
 
 from minilora import MiniloraError, get_task
+from minilora.cli import main
 from minilora.engine.progress import progress
 from minilora.files.peft import save_adapter
 from minilora.lab import compare as lab
@@ -230,6 +231,16 @@ def test_a_run_writes_its_record_and_figures(tmp_path):
     assert all(name in done.stdout for name in written)
     as_json = minilora(*run, "--json", cwd=tmp_path)
     assert json.loads(as_json.stdout)["kind"] == "compare"
+
+
+def test_a_file_named_as_a_task_leaves_the_record_of_the_task_alone(record, tmp_path, monkeypatch):
+    text = tmp_path / "dates.txt"
+    text.write_text("the cat sat on the mat. " * 200)
+    monkeypatch.setattr(lab, "compare", lambda config: record)
+    assert main(["compare", "--data", str(text), "--out", str(tmp_path / "out")]) == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "compare_data-dates.json", "memory_data-dates.png", "rank_vs_quality_data-dates.png",
+    ]  # fmt: skip
 
 
 def test_a_reader_who_stops_reading_loses_nothing(tmp_path):

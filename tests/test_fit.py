@@ -268,6 +268,8 @@ def test_options_that_would_train_otherwise_are_refused(option, device):
     with pytest.raises(MiniloraError, match=f"{name.removeprefix('eval_')}: expected a"):
         fit(optimizer(device), loss, data(), validation=data(seed=1), steps=2,
             **({"batch": 4} | option))  # fmt: skip
+    with pytest.raises(MiniloraError, match="patience: expected validation data"):
+        fit(optimizer(device), loss, data(), steps=2, batch=4, patience=1)
 
 
 def test_evaluate_is_the_mean_over_scored_items_and_builds_no_graph(device, dev, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 from cuda_cpu import fakeblas, fakegraph
 from cuda_cpu.checks import kernels  # noqa: F401
 
+from minilora import MiniloraError
 from minilora.engine import tensor
 from minilora.engine.loss import cross_entropy
 from minilora.engine.rules import wide
@@ -105,6 +106,11 @@ def test_a_sum_by_atomics_need_not_repeat_but_ours_does(device):
         "specification": None, "fast": True, "bf16": True,
     }  # fmt: skip
     assert all(map(gpu_check.within, rows.values()))
+
+
+def test_a_seed_below_zero_is_refused_before_anything_runs():
+    with pytest.raises(MiniloraError, match="seed: expected a whole number >= 0, found -1"):
+        gpu_check.GpuCheckConfig(seed=-1)
 
 
 def test_a_step_is_checked_where_rounding_is_not_felt(device):

@@ -238,7 +238,8 @@ def test_ranks_by_pattern(model):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"rank": 0}, "rank: expected a whole number >= 1 for blocks.0"),
+        ({"rank": 0}, "rank: expected a whole number in 1..65536 for blocks.0"),
+        ({"rank": 10**20}, "rank: expected a whole number in 1..65536 for blocks.0"),
         ({"rank": 2.0}, "whole number"),
         ({"rank": True}, "whole number"),
         ({"init": "xavier"}, '"kaiming" or "gaussian"'),

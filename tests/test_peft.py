@@ -376,7 +376,7 @@ def test_a_pattern_means_what_peft_takes_it_for(folder, pattern, meant):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"alpha": 0.0}, "lora_alpha"), ({"alpha": -8.0}, "lora_alpha"), ({"rank": 65537}, "r: ")],
+    [({"alpha": 0.0}, "lora_alpha"), ({"alpha": -8.0}, "lora_alpha")],
 )
 def test_what_could_not_be_read_again_is_not_written(tmp_path, options, message):
     with pytest.raises(AdapterError, match=f"{message}.*expected"):

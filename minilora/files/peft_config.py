@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.errors import AdapterError, FormatError, MissingAdapterError, MissingFileError
+from ..lora.lora import MAX_RANK
 from .untrusted import load_json, short
 
 CONFIG = "adapter_config.json"
-MAX_RANK = 65536
 PLAIN_PATTERN = re.compile(r"\^?(?:[A-Za-z0-9_.-]|\\\.)+\$?")
 
 # Settings that are read, or that change nothing about what a saved adapter computes ...

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..engine.errors import MiniloraError
 from ..engine.progress import progress
 from ..model.module import to_device as tree_to_device
 from ..quant.codes import CODES
@@ -55,6 +56,10 @@ class GpuCheckConfig:
     spike: int = 4 << 20  # numbers that train, where an optimizer meets a spike
     watch: bool = True  # with compute-sanitizer, where it is
     seconds: float = 500  # what no longer fits is left out, and named
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise MiniloraError(f"seed: expected a whole number >= 0, found {self.seed}")
 
 
 def why_not() -> str | None:

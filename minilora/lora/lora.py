@@ -18,6 +18,8 @@ from ..model.layers import Embedding, Linear, LinearLike, Rng, is_linear
 from ..model.module import count, freeze, module, parameters, rebuild, walk
 from ..model.targets import ALL_LINEAR, matches, select
 
+MAX_RANK = 65536  # above it stands a typing error, or a file made to fill the memory
+
 
 def expect_factors(node: Any, d_out: int, d_in: int) -> None:
     """What an adapter around a frozen (d_out, d_in) must satisfy.  Errors: `AdapterError`."""
@@ -198,7 +200,7 @@ def adapt(
     `rank_pattern` and `alpha_pattern` map targets to what differs from `rank` and `alpha`.
     `init` of A: "kaiming", uniform in ±1/√d_in (PEFT's default), or "gaussian", N(0, 1/r²)
     (PEFT's "gaussian").  B is zero.  For an embedding, A is zero and B N(0, 1).
-    Errors: `AdapterError` for a rank below 1, an unknown init, a pattern that matches no
+    Errors: `AdapterError` for a rank below 1 or above `MAX_RANK`, an unknown init, a pattern that matches no
     target, or a model that is adapted already; and for PEFT's `modules_to_save`.
     """
     if modules_to_save is not None:
@@ -215,8 +217,10 @@ def adapt(
     ranks = by_pattern("rank_pattern", chosen, rank, rank_pattern)
     alphas = by_pattern("alpha_pattern", chosen, alpha, alpha_pattern)
     for path, r in ranks.items():
-        if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-            raise AdapterError(f"rank: expected a whole number >= 1 for {path}, found {r!r}")
+        if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= MAX_RANK:
+            raise AdapterError(
+                f"rank: expected a whole number in 1..{MAX_RANK} for {path}, found {r!r}"
+            )
 
     def wrap(path: str, node: Any) -> Any:
         if path not in ranks:

@@ -81,6 +81,8 @@ def fit(
     ):  # fmt: skip
         if not is_whole(value) or value < least:
             raise MiniloraError(f"fit: {name}: expected a whole number >= {least}, found {value}")
+    if patience is not None and validation is None:
+        raise MiniloraError("fit: patience: expected validation data to wait by, found none")
     if clip is not None and not clip > 0:
         raise MiniloraError(f"fit: clip: expected a number > 0, found {clip}")
     order = Order(len(train), batch, seed)
