@@ -1,6 +1,7 @@
 """Model directories: what was written is read, what would compute something else is refused."""
 
 import json
+import os
 import random
 from dataclasses import replace
 
@@ -125,6 +126,7 @@ SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
         ({"rms_norm_eps": -1}, "rms_norm_eps: expected a number > 0"),
         ({"hidden_act": "gelu"}, "only 'silu' is done here"),
         ({"mlp_bias": True}, "mlp_bias"),
+        ({"attention_bias": True, "mlp_bias": None}, "mlp_bias: only True, as attention_bias"),
         ({"head_dim": 16}, "head_dim: only 8 is done here"),
         ({"tie_word_embeddings": 1}, "expected true or false"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "only default and llama3"),
@@ -311,6 +313,9 @@ def test_models_in_gguf_that_are_refused(tmp_path, changes, message):
 def test_names_of_models(tmp_path, folder, monkeypatch):
     found = open_model(folder)
     assert (found.name, found.tokenizer.stop) == ("model", tokenizer_of().stop)
+    no_text = os.fsdecode(os.fsencode(tmp_path) + b"/m\xff")
+    os.symlink(folder, no_text)
+    assert open_model(no_text).name == "m\ufffd"
     for none in (tmp_path / "none", "n" * 300):
         with pytest.raises(MissingFileError, match=r"expected smollm2, a \.gguf file or a model d"):
             open_model(none)

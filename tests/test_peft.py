@@ -24,6 +24,7 @@ from minilora.engine.errors import (
     AdapterError,
     BaseMismatchWarning,
     CheckpointError,
+    FormatError,
     MissingAdapterError,
     RankWarning,
 )
@@ -381,6 +382,9 @@ def test_a_pattern_means_what_peft_takes_it_for(folder, pattern, meant):
 def test_what_could_not_be_read_again_is_not_written(tmp_path, options, message):
     with pytest.raises(AdapterError, match=f"{message}.*expected"):
         save_adapter(tmp_path / "a", adapted_of(BASE, targets=["blocks.0.mlp.up"], **options))
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(FormatError, match=f"{CONFIG}.*surrogates not allowed"):
+        save_adapter(tmp_path / "a", adapted_of(BASE), base="m\udcff")
     assert not (tmp_path / "a").exists()
 
 

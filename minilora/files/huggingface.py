@@ -115,7 +115,10 @@ def llama_config(fields: Fields, kind: str) -> TransformerConfig:
     bias, qkv_bias = False, True
     if kind == "llama":
         bias = qkv_bias = fields.flag("attention_bias", False)
-        fields.expect(mlp_bias=bias)
+        if fields.flag("mlp_bias", False) != bias:
+            raise FormatError(
+                f"{fields.where}: mlp_bias: only {bias}, as attention_bias, is done here"
+            )
     return TransformerConfig(
         vocab=fields.whole("vocab_size"), width=width, layers=fields.whole("num_hidden_layers"),
         heads=heads, key_heads=fields.whole("num_key_value_heads", heads),

@@ -42,7 +42,7 @@ from . import safetensors
 from .atomic import Content, replace_directory
 from .names import family, hf_name
 from .peft_config import CONFIG, checked, pattern_value, read_adapter_config
-from .untrusted import short
+from .untrusted import parse_json, short
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -81,8 +81,8 @@ def save_adapter(
     `extra` are files beside them: a model card, the record of the run.
     Errors: `AdapterError` where there is no adapter, where other weights train too, where
     scales or dropout rates differ in kind, or for a rank or an alpha that `load_adapter` would
-    refuse; `FormatError` for a model that no family of checkpoints has; `CheckpointError` if it
-    cannot be written.
+    refuse; `FormatError` for a model that no family of checkpoints has, and a `base`
+    that is no text; `CheckpointError` if it cannot be written.
     """
     nodes = adapter_nodes(adapted)
     factors = {id(f) for node in nodes.values() for f in (node.A, node.B)}
@@ -94,7 +94,8 @@ def save_adapter(
         )
     config = adapter_config(adapted, nodes, base)
     raw = json.dumps(config, indent=1, sort_keys=True).encode() + b"\n"
-    checked(Path(directory, CONFIG), json.loads(raw))  # a writer keeps its reader's rules
+    place = Path(directory, CONFIG)
+    checked(place, parse_json(str(place), raw))  # a writer keeps its reader's rules
     arrays = {}
     for path, node in nodes.items():
         module = PREFIX + hf_name(path, adapted.config)
