@@ -200,8 +200,8 @@ def adapt(
     `rank_pattern` and `alpha_pattern` map targets to what differs from `rank` and `alpha`.
     `init` of A: "kaiming", uniform in ±1/√d_in (PEFT's default), or "gaussian", N(0, 1/r²)
     (PEFT's "gaussian").  B is zero.  For an embedding, A is zero and B N(0, 1).
-    Errors: `AdapterError` for a rank below 1 or above `MAX_RANK`, an unknown init, a pattern that matches no
-    target, or a model that is adapted already; and for PEFT's `modules_to_save`.
+    Errors: `AdapterError` for a rank below 1 or above `MAX_RANK`, an unknown init, a pattern that
+    matches no target, or a model that is adapted already; and for PEFT's `modules_to_save`.
     """
     if modules_to_save is not None:
         raise AdapterError(
