@@ -1,6 +1,7 @@
 """8-bit moments: bitsandbytes' order and rounding, blocks of 256, and nothing written on NaN."""
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -187,6 +188,18 @@ def test_a_bad_gradient_writes_nothing(bad, reference, device, dev, host):
     assert host(o.flat.data).tobytes() == data
     assert all(after[k].tobytes() == before[k].tobytes() for k in before if k != "control")
     assert o.first_bad() is not None
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_a_gradient_whose_square_is_none_spoils_no_neighbor(reference, device, dev, host):
+    """Its v was infinite, and so the scale of its block, of which 255 others then were NaN."""
+    o, rng = AdamW8bit(drawn(device), lr=0.01), np.random.default_rng(0)
+    with reference_rules() if reference else nullcontext():
+        for spoil in (1e25, None, None):
+            push(o, rng, dev, spoil=spoil)
+            o.step()
+    assert o.first_bad() is None
+    assert all(np.isfinite(host(array)).all() for array in (o.flat.data, *o.arrays().values()))
 
 
 def test_a_restored_one_goes_on_to_the_bit(device, dev, host):

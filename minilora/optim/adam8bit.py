@@ -20,7 +20,7 @@ SMALL = 4096  # a parameter of fewer entries keeps float32 moments, as in bitsan
 def moved(xp: Any, p: Any, g: Any, m: Any, v: Any, control: Any, betas, eps, decay, lr_factor):
     """(p, m, v) after one step in the order of bitsandbytes: the decay comes last.
 
-    m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g²
+    m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g², at most what float32 can hold
     p = (p - lr √(1 - b2ᵗ) / (1 - b1ᵗ) · m / (√v + √(1 - b2ᵗ) eps)) (1 - lr decay)
     """
     b1, b2 = betas
@@ -30,7 +30,8 @@ def moved(xp: Any, p: Any, g: Any, m: Any, v: Any, control: Any, betas, eps, dec
     shrink, eps = (1 - lr * decay).astype(p.dtype), (root * eps).astype(p.dtype)
     g = g * control[FACTOR].astype(p.dtype)
     m = b1 * m + (1 - b1) * g
-    v = b2 * v + (1 - b2) * (g * g)
+    with np.errstate(over="ignore"):  # of an infinite scale the rest of a block would be NaN
+        v = xp.minimum(b2 * v + (1 - b2) * (g * g), np.finfo(np.float32).max)
     return (p - rate * (m / (xp.sqrt(v) + eps))) * shrink, m, v
 
 

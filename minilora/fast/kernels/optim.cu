@@ -159,6 +159,7 @@ __global__ void adamw8bit(float* p, const float* g, unsigned char* m, unsigned c
             float a = g[i] * s.factor;
             first = s.b1 * (book_m.table[m[i]] * scales_m[b]) + s.rest1 * a;
             second = s.b2 * (book_v.table[v[i]] * scales_v[b]) + s.rest2 * (a * a);
+            second = min(second, 3.40282347e38f);  // an infinite scale makes NaN of the others
             p[i] = (p[i] - s.rate * (first / (sqrtf(second) + s.eps))) * s.shrink;
         }
         float peak_m = block_max(fabsf(first)), peak_v = block_max(fabsf(second));
