@@ -69,7 +69,8 @@ EXERCISES = (
         name="11.2",
         statement=(
             "Write `side_by_side(A1, B1, s1, A2, B2, s2)`: the factors (A, B) of one adapter of "
-            "scale 1 with B A = s1 B1 A1 + s2 B2 A2.  Ranks add, and the scales go into B."
+            "scale 1 with B A = s1 B1 A1 + s2 B2 A2.  Ranks add, A1 stands above A2, and the "
+            "scales go into B."
         ),
         hint="np.concatenate along the rows of A and along the columns of B.",
         draw=two,
