@@ -173,7 +173,7 @@ def test_its_figures(record, tmp_path, suite):
     for case in drawn["cases"]:
         case |= {"axis": "batch", "value": 4}
         for row in case["rows"]:
-            row |= {"bytes": 1 << 20, "bytes_ratio": 0.5}
+            row |= {"bytes": 1 << 20, "bytes_ratio": 0.5, "bytes_range": [0.4, 0.6]}
     path = bench_figure(drawn, tmp_path / "bench.png")
     assert path.read_bytes().startswith(b"\x89PNG")
 

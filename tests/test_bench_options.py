@@ -155,3 +155,19 @@ def test_what_a_report_says_of_gates_and_micro_batches():
     assert MICRO_BATCHES in bench_report(micro)
     assert MICRO_BATCHES in how(micro)
     assert MICRO_BATCHES not in how(record)
+
+
+def test_memory_is_that_of_several_processes(monkeypatch):
+    peaks = {"minilora": iter([30, 10, 20]), "torch": iter([50, 40, 80])}
+
+    class Weighed(Fake):
+        def ask(self, command):
+            return {"bytes": next(peaks[self.job.contender])}
+
+    monkeypatch.setattr(Fake, "turns", {name: [1.0] * 4 for name in peaks})
+    monkeypatch.setattr(bench, "Worker", Weighed)
+    jobs = [Job(name, SHAPES["tiny"]) for name in peaks]
+    ours, theirs = bench.with_memory({}, jobs)["rows"]
+    assert (ours["bytes"], theirs["bytes"]) == (20, 50)
+    assert ours["bytes_each"] == [10, 20, 30]
+    assert (theirs["bytes_ratio"], theirs["bytes_range"]) == (20 / 50, [10 / 80, 30 / 40])

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .bench import BASELINES, ERF_GATE, WEIGHED
+from .bench import BASELINES, ERF_GATE, PROCESSES, WEIGHED
 from .figures import BLUE, COLORS, GREEN, MARKS, ORANGE, PURPLE, RED, SKY, YELLOW, canvas, save
 from .report import size, table
 
@@ -17,7 +17,7 @@ def bench_report(record: dict[str, Any]) -> str:
     memory = suite in WEIGHED
     header = ["case", "against", "threads", "ms", "ours / theirs", "range", "losses differ by"]
     if memory:
-        header += ["peak", "ours / theirs"]
+        header += ["peak", "ours / theirs", "range"]
     rows = [header]
     for case in record["cases"]:
         for row in case["rows"]:
@@ -71,7 +71,8 @@ def line(case: dict[str, Any], row: dict[str, Any], memory: bool) -> list[str]:
     ]
     if memory:
         share = f"{row['bytes_ratio']:.2f}" if "bytes_ratio" in row else "-"
-        cells += [size(row["bytes"]) if "bytes" in row else "-", share]
+        ends = "{:.2f}-{:.2f}".format(*row["bytes_range"]) if "bytes_range" in row else "-"
+        cells += [size(row["bytes"]) if "bytes" in row else "-", share, ends]
     return cells
 
 
@@ -100,7 +101,9 @@ def measured(record: dict[str, Any]) -> str:
     """By which clock, over how many rounds, and how many were dropped."""
     cases = [case for case in record["cases"] if "measure" in case]
     if not cases:
-        return "Peak memory of fresh processes beyond what their imports and data hold."
+        return (
+            f"Peak memory beyond what imports and data hold, median of {PROCESSES} processes each."
+        )
     by_cpu = [case["title"] for case in cases if case["measure"] == "cpu"]
     text = (
         f"Median over {min(c['clean'] for c in cases)} or more rounds of the ratio within a round; "
@@ -132,7 +135,7 @@ def bench_figure(record: dict[str, Any], path: str | Path) -> Path:
     """Ratios as bars, with their range; for the scaling suite time and bytes along each axis."""
     if record["config"]["suite"] == "scaling":
         return scaling_figure(record, path)
-    key, spread = ("bytes_ratio", None) if record["config"]["suite"] == "memory" else (
+    key, spread = ("bytes_ratio", "bytes_range") if record["config"]["suite"] == "memory" else (
         "ratio", "ratio_range",
     )  # fmt: skip
     bars = [
@@ -181,7 +184,7 @@ def how(record: dict[str, Any]) -> str:
     where = f"{record['machine']['cpu']}, sgemm at {rates} GFLOP/s"
     threads = f"{config['threads']} thread{'s' if config['threads'] > 1 else ''}"
     if config["suite"] == "memory":
-        return f"{where}, {threads}; a fresh process for each bar"
+        return f"{where}, {threads};\nbars: medians of {PROCESSES} fresh processes, lines: range"
     clocks = {case["measure"] for case in cases}
     rounds = min(case["clean"] for case in cases)
     if clocks == {"cpu"}:

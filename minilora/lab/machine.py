@@ -63,6 +63,8 @@ class Peak:
     """Bytes that we held at most since `Peak()`, beyond what this process held then."""
 
     def __init__(self) -> None:
+        with suppress(AttributeError, OSError, TypeError):  # else what is freed stays, and its
+            ctypes.CDLL(None).malloc_trim(0)  # next use is not seen
         with suppress(OSError):  # where it fails, an import's own peak may hide a small one
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
         self.base = memory("VmRSS")
