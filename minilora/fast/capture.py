@@ -18,7 +18,8 @@ class Graph:
     """What `function()` launches, recorded and not run; `launch()` runs it on the current stream.
 
     Results and temporaries live in a pool of their own, which stays alive with the graph: their
-    addresses are part of it.  `beside` names a graph whose pool, and so whose memory for
+    addresses are part of it.  What eager runs left in the common pool goes back to the card first,
+    or both would be held.  `beside` names a graph whose pool, and so whose memory for
     temporaries, serves this one too: the two never run at the same time.
     `value` is what the function returned, overwritten by each launch.
     Errors: those of CuPy, where the function waits, copies across the border, or calls a
@@ -31,6 +32,7 @@ class Graph:
             self.pool, self.stream = xp.cuda.MemoryPool(), xp.cuda.Stream(non_blocking=True)
         else:  # a pool gives back to a stream what that stream has freed
             self.pool, self.stream = beside.pool, beside.stream
+        xp.get_default_memory_pool().free_all_blocks()
         with xp.cuda.using_allocator(self.pool.malloc), self.stream as stream:
             stream.begin_capture()
             try:
