@@ -9,7 +9,7 @@ where CuPy goes on in silence:
     an index out of range     wraps around there
     a[i] = v, i with repeats  leaves there what happened to come last
     empty(...)                holds there what the pool left; here NaN, or -1
-    add.at(...)               adds there in whatever order; here in another one each time
+    add.at(...)               adds there in whatever order; here so inside `disordered()`
 
 `stats` counts.  A call that takes or writes memory is one launch, a view is none.
 """
@@ -343,16 +343,29 @@ def call(function: Callable, *args: Any, **options: Any) -> Any:
     return result if out is None else out
 
 
-atomics = np.random.default_rng(0)
+atomics: np.random.Generator | None = None  # draws who is first; None: as they come
+
+
+@contextmanager
+def disordered() -> Iterator[None]:
+    """Inside, `add.at` adds as atomics do: what goes to one entry, in another order each time."""
+    global atomics
+    atomics = np.random.default_rng(0)
+    try:
+        yield
+    finally:
+        atomics = None
 
 
 def in_any_order(at: Callable, target: np.ndarray, place: tuple, values: Any) -> None:
-    """`at` by atomics: where an entry comes more than once, who is first is not said."""
+    """`at`, in order or not."""
+    if atomics is None:
+        return at(target, place, values)
     spots = np.asarray(np.arange(target.size).reshape(target.shape)[place])
     order = atomics.permutation(spots.size)
     values = np.broadcast_to(np.asarray(values, target.dtype), spots.shape)
     where = np.unravel_index(spots.reshape(-1)[order], target.shape)
-    at(target, where, values.reshape(-1)[order])
+    return at(target, where, values.reshape(-1)[order])
 
 
 class ufunc:
