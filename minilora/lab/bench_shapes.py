@@ -161,10 +161,11 @@ def adapted_paths(model: Any) -> list[str]:
 
 
 def flops(job: Job) -> float:
-    """Floating-point operations that a training step cannot do without.
+    """Floating-point operations of a training step that keeps no table of attention.
 
     Linears 2 P n each way (none back below the lowest adapter, dW only in full mode), the
-    skinny products of the adapters, the head, and the seen half of seven attention products.
+    skinny products of the adapters, the head, and the seen half of seven attention products,
+    q kᵀ a second time on the way back among them.
     """
     shape, config = job.shape, job.shape.model
     model = init_transformer(config, np.random.default_rng(0))
