@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from . import __version__
-from .cli_model import add_commands, folder, names, show_and_write
+from .cli_model import add_commands, folder, names, show_and_write, show_then
 from .engine.errors import MiniloraError
 from .engine.workers import threads
 from .lab.machine import keep_large_blocks
@@ -221,12 +221,10 @@ def run_gpu_check(args: argparse.Namespace) -> int:
     if "skipped" in record:
         print(gpu_report(record))
         return 0
+    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "gpu_check.json"
-    try:
-        print(gpu_report(record))
-    finally:  # as in `show_and_write`
-        args.out.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps(record, indent=1).encode() + b"\n")
+    raw = json.dumps(record, indent=1).encode() + b"\n"
+    show_then(gpu_report(record), partial(replace_file, path, raw))
     print(f"record   {path}")
     try:
         for figure in gpu_figures(record, args.out):
@@ -302,11 +300,9 @@ def run_compare(args: argparse.Namespace) -> int:
     suffix = quick if name == "dates" else f"_{name}{quick}"
     path = args.out / f"compare_{name}{quick}.json"
     text = json.dumps(record, indent=1)
-    try:
-        print(text if args.json else report(record))
-    finally:  # as in `show_and_write`
-        args.out.mkdir(parents=True, exist_ok=True)
-        replace_file(path, text.encode() + b"\n")
+    args.out.mkdir(parents=True, exist_ok=True)
+    write = partial(replace_file, path, text.encode() + b"\n")
+    show_then(text if args.json else report(record), write)
     say(f"\nrecord   {path}")
     try:
         for draw in (figures.rank_vs_quality, figures.memory):

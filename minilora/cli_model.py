@@ -36,14 +36,18 @@ def names(text: str) -> tuple[str, ...]:
 def show_and_write(
     args: argparse.Namespace, record: dict, report: Callable, path: Path, draw: Callable
 ) -> None:
-    """Print a record as its table, or as it is, and write it with its figure.
+    """Print a record as its table, or as it is, and write it with its figure."""
+    say = partial(print, file=sys.stderr if args.json else None)
+    text = json.dumps(record, indent=1) if args.json else report(record)
+    show_then(text, partial(write_record, record, path, draw, say))
 
-    It is written even where the printing fails, by `| head` or a full disk: it took long.
-    """
+
+def show_then(text: str, write: Callable[[], Any]) -> None:
+    """Print, and write even where that fails, by `| head` or a full disk: the work took long."""
     try:
-        print(json.dumps(record, indent=1) if args.json else report(record))
+        print(text)
     finally:
-        write_record(record, path, draw, partial(print, file=sys.stderr if args.json else None))
+        write()
 
 
 def add_commands(commands: Any) -> None:

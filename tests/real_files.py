@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from minilora import adapt
+from minilora import adapt, cli
 from minilora.engine.attention import RopeScaling
 from minilora.engine.backend import to_device
 from minilora.engine.errors import MiniloraError
 from minilora.engine.tensor import Parameter, Tensor
 from minilora.files.chat import CHATML
+from minilora.files.huggingface import save_huggingface
 from minilora.files.tokenizer import Tokenizer, train_tokenizer
 from minilora.files.trees import DATA
 from minilora.model.module import freeze, rebuild
@@ -169,3 +170,23 @@ def only_our_errors(cases: Iterable[Any], read: Callable[[Any], Any], size: int)
     assert slowest < 1
     assert peak < (64 << 20) + 4 * size
     return accepted
+
+
+def small_place(folder):
+    """A small model with a tokenizer, and data that it can learn."""
+    save_huggingface(folder / "model", model_of("llama"), tokenizer_of())
+    words = ("red", "blue", "green")
+    lines = [
+        {"messages": [{"role": "user", "content": w}, {"role": "assistant", "content": w}]}
+        for w in words * 8
+    ]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "text.txt").write_text("one two three four five six seven. " * 40)
+    return folder
+
+
+def command(capsys, *arguments):
+    """Exit code, standard output and standard error."""
+    code = cli.main([str(a) for a in arguments])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err

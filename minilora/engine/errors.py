@@ -1,8 +1,22 @@
 """Every refusal is one family, and says what was expected and what was found."""
 
+from typing import Any
+
+import numpy as np
+
 
 class MiniloraError(ValueError):
     """Something that minilora was given cannot be used; the message names it."""
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def expect_whole(name: str, value: Any, least: int) -> None:
+    """Refuse what is no whole number, or one below `least`, in the words of all refusals."""
+    if not is_whole(value) or value < least:
+        raise MiniloraError(f"{name}: expected a whole number >= {least}, found {value}")
 
 
 class FormatError(MiniloraError):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .bench import BASELINES, ERF_GATE, PROCESSES, WEIGHED
+from .bench import BASELINES, ERF_GATE, WEIGHED
 from .figures import BLUE, COLORS, GREEN, MARKS, ORANGE, PURPLE, RED, SKY, YELLOW, canvas, save
 from .report import size, table
 
@@ -101,9 +101,8 @@ def measured(record: dict[str, Any]) -> str:
     """By which clock, over how many rounds, and how many were dropped."""
     cases = [case for case in record["cases"] if "measure" in case]
     if not cases:
-        return (
-            f"Peak memory beyond what imports and data hold, median of {PROCESSES} processes each."
-        )
+        n = processes(record)
+        return f"Peak memory beyond what imports and data hold, the median of {n} processes each."
     by_cpu = [case["title"] for case in cases if case["measure"] == "cpu"]
     text = (
         f"Median over {min(c['clean'] for c in cases)} or more rounds of the ratio within a round; "
@@ -177,6 +176,12 @@ def why(row: dict[str, Any]) -> str:
     return "refused by the gate" if row.get("passed") is False else ""
 
 
+def processes(record: dict[str, Any]) -> int:
+    """Of how many each figure of memory is the median: 1 in a record without `bytes_each`."""
+    rows = [row for case in record["cases"] for row in case["rows"]]
+    return max((len(row.get("bytes_each", [0])) for row in rows), default=1)
+
+
 def how(record: dict[str, Any]) -> str:
     """How a figure was measured, in a line or two."""
     config, cases = record["config"], record["cases"]
@@ -184,7 +189,8 @@ def how(record: dict[str, Any]) -> str:
     where = f"{record['machine']['cpu']}, sgemm at {rates} GFLOP/s"
     threads = f"{config['threads']} thread{'s' if config['threads'] > 1 else ''}"
     if config["suite"] == "memory":
-        return f"{where}, {threads};\nbars: medians of {PROCESSES} fresh processes, lines: range"
+        n = processes(record)
+        return f"{where}, {threads};\nbars: medians of {n} fresh processes, lines: range"
     clocks = {case["measure"] for case in cases}
     rounds = min(case["clean"] for case in cases)
     if clocks == {"cpu"}:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.errors import MiniloraError
+from ..engine.errors import expect_whole
 from ..engine.progress import progress
 from ..model.module import to_device as tree_to_device
 from ..quant.codes import CODES
@@ -58,8 +58,7 @@ class GpuCheckConfig:
     seconds: float = 500  # what no longer fits is left out, and named
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise MiniloraError(f"seed: expected a whole number >= 0, found {self.seed}")
+        expect_whole("seed", self.seed, 0)
 
 
 def why_not() -> str | None:

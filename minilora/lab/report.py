@@ -7,7 +7,6 @@ from typing import Any
 
 from ..engine.errors import MiniloraError
 from ..files.atomic import replace_file
-from .compare import TIE
 
 
 def report(record: dict[str, Any]) -> str:
@@ -49,7 +48,7 @@ def report(record: dict[str, Any]) -> str:
         (
             f"{task['metric']}: mean ± standard deviation over {record['config']['seeds']} seeds "
             "on test data; the run that chose the rate is the first of them "
-            f"(between two rates within {TIE:.0%} on it, all of them chose)."
+            "(between two rates that nearly tie on it, all of them chose)."
             if several
             else f"{task['metric']}: one seed, on test data; it also chose the rate."
         ),

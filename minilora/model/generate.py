@@ -7,7 +7,7 @@ import numpy as np
 
 from ..engine.backend import device_of, to_device, to_numpy, xp_of
 from ..engine.blas import on_one_thread, small_kernels
-from ..engine.errors import MiniloraError, NumericsError
+from ..engine.errors import MiniloraError, NumericsError, is_whole
 from ..engine.recorded import Recorded
 from ..engine.rules import wide
 from ..engine.tensor import Tensor
@@ -225,10 +225,6 @@ def expect_options(
     ):
         if not fits:
             raise MiniloraError(f"{name}: expected {wanted}, found {value}")
-
-
-def is_whole(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def expect_sound(rows: np.ndarray) -> None:

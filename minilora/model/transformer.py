@@ -238,10 +238,11 @@ class Transformer:
         if self.positions is not None:
             if positions is None and isinstance(self.positions, Embedding):
                 x = x + self.positions.weight[: ids.shape[1]]  # no lookup: the rows in order
-            else:  # an adapter on the table looks rows up, as it does for any ids
+            elif positions is None:  # an adapter on the table looks rows up, as for any ids
                 xp = xp_of(ids)
-                inside = xp.broadcast_to(xp.arange(ids.shape[1]), ids.shape)
-                x = x + self.positions(inside if positions is None else positions)
+                x = x + self.positions(xp.broadcast_to(xp.arange(ids.shape[1]), ids.shape))
+            else:
+                x = x + self.positions(positions)
         for i, block in enumerate(self.blocks):
             layer = None if cache is None else cache.layers[i]
             here = at if i == len(self.blocks) - 1 else None

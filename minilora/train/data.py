@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 
 from ..engine.backend import to_device
-from ..engine.errors import MiniloraError
+from ..engine.errors import MiniloraError, expect_whole
 from ..engine.loss import IGNORE
-from ..model.generate import is_whole
 
 Batch = dict[str, Any]  # the arrays of some examples, on the model's device
 
@@ -52,13 +51,8 @@ class Data:
 
     def in_order(self, size: int) -> Iterator[slice]:
         """Slices of at most `size` examples that cover all, in order."""
-        expect_batch(size)
+        expect_whole("batch", size, 1)
         return (slice(start, start + size) for start in range(0, len(self), size))
-
-
-def expect_batch(size: int) -> None:
-    if not is_whole(size) or size < 1:
-        raise MiniloraError(f"batch: expected a whole number >= 1, found {size}")
 
 
 class Order:
@@ -68,9 +62,8 @@ class Order:
     """
 
     def __init__(self, n: int, batch: int, seed: int):
-        expect_batch(batch)
-        if not is_whole(seed) or seed < 0:
-            raise MiniloraError(f"seed: expected a whole number >= 0, found {seed}")
+        expect_whole("batch", batch, 1)
+        expect_whole("seed", seed, 0)
         self.n, self.batch, self.seed = n, batch, seed
         self.epochs: dict[int, np.ndarray] = {}
 

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from ..engine.backend import device_of, xp_of
-from ..engine.errors import CheckpointError, MiniloraError, NumericsError
+from ..engine.errors import CheckpointError, MiniloraError, NumericsError, expect_whole
 from ..engine.progress import progress
-from ..model.generate import is_whole
 from ..model.module import freeze, tensors
 from ..optim.flat import LR
 from .checkpoint import Checkpoints, Fit, Tally, digest_of, digest_of_frozen, reinstate, snapshot
@@ -79,8 +78,7 @@ def fit(
         ("steps", steps, 0), ("every", every, 1), ("accumulate", accumulate, 1),
         ("shards", shards, 1), ("patience", 1 if patience is None else patience, 1),
     ):  # fmt: skip
-        if not is_whole(value) or value < least:
-            raise MiniloraError(f"fit: {name}: expected a whole number >= {least}, found {value}")
+        expect_whole(f"fit: {name}", value, least)
     if patience is not None and validation is None:
         raise MiniloraError("fit: patience: expected validation data to wait by, found none")
     if clip is not None and not clip > 0:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.errors import MiniloraError
+from ..engine.errors import MiniloraError, expect_whole
 from ..model.transformer import TransformerConfig, init_transformer
 from ..optim.adamw import AdamW
 from ..optim.schedule import schedule
@@ -95,8 +95,7 @@ def pretrain(name: str, *, steps: int | None = None, seed: int = 0) -> tuple[Fit
     """
     if name not in RECIPES:
         raise MiniloraError(f"base: expected one of {', '.join(RECIPES)}; found {name!r}")
-    if seed < 0:
-        raise MiniloraError(f"seed: expected a whole number >= 0, found {seed}")
+    expect_whole("seed", seed, 0)
     recipe = RECIPES[name]
     data = recipe.splits()
     steps = recipe.steps if steps is None else steps
