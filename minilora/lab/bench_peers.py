@@ -146,6 +146,7 @@ def hugging_face(config: TransformerConfig) -> nn.Module:
                 n_inner=config.inner,
                 layer_norm_epsilon=config.eps,
                 activation_function="gelu_new",
+                use_cache=False,  # a step has no use for one; `generate` asks for it
                 bos_token_id=None,
                 eos_token_id=None,
             )
@@ -162,6 +163,7 @@ def hugging_face(config: TransformerConfig) -> nn.Module:
             rms_norm_eps=config.eps,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
             tie_word_embeddings=config.tied,
+            use_cache=False,
             bos_token_id=None,
             eos_token_id=None,
         )
