@@ -163,6 +163,7 @@ UPDATES = {
     "narrow": "test_bf16.py",
     "summed": "test_bf16.py",
     "remembered": "test_transformer.py",
+    "row_lengths": "test_variants.py",
     "all_reduce": "test_team.py",
     "all_gather": "test_team.py",
 }

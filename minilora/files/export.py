@@ -15,7 +15,7 @@ import numpy as np
 
 from ..engine.backend import to_numpy
 from ..engine.errors import AdapterError
-from ..lora.lora import LoRAEmbedding, LoRALinear
+from ..lora.lora import LoRAEmbedding, LoRALinear, expect_plain
 from ..model.transformer import Transformer
 from . import gguf, safetensors
 from .atomic import replace_directory
@@ -31,12 +31,20 @@ def factors(node: Node, scale: float) -> tuple[np.ndarray, np.ndarray]:
     return A, B if node.scale == scale else (B * (node.scale / scale)).astype(B.dtype)
 
 
+def plain_nodes(what: str, adapted: Transformer) -> dict[str, Node]:
+    """The adapters by path.  Errors: `AdapterError` for a variant, which neither can tell."""
+    nodes = adapter_nodes(adapted)
+    for path, node in nodes.items():
+        expect_plain(what, path, node)
+    return nodes
+
+
 def export_gguf(path: str | os.PathLike, adapted: Transformer) -> None:
     """Write an adapter file for llama.cpp.
 
     Errors: `AdapterError` where there is none; `FormatError` for a form GGUF has no names for.
     """
-    nodes, config = adapter_nodes(adapted), adapted.config
+    nodes, config = plain_nodes("gguf", adapted), adapted.config
     alpha = Counter(node.alpha for node in nodes.values()).most_common(1)[0][0]
     tensors = {}
     for place, node in nodes.items():
@@ -61,7 +69,7 @@ def export_mlx(directory: str | os.PathLike, adapted: Transformer) -> None:
     Errors: `AdapterError` for what it has no place for: ranks that differ, adapters on
     embeddings or the head, and modules that are adapted in some blocks only.
     """
-    nodes, config = adapter_nodes(adapted), adapted.config
+    nodes, config = plain_nodes("mlx", adapted), adapted.config
     if family(config) == "gpt2":
         raise AdapterError("mlx: expected a model of the Llama or Qwen2 family, found GPT-2's form")
     if any(isinstance(n, LoRAEmbedding) or path == "head" for path, n in nodes.items()):

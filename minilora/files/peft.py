@@ -4,6 +4,7 @@
     adapter_model.safetensors      base_model.model.<module>.lora_A.weight   (r, d_in)
                                                             .lora_B.weight   (d_out, r)
                                    for an embedding .lora_embedding_A (r, V), _B (C, r)
+                                   for DoRA also .lora_magnitude_vector (d_out,)
 
 The two mean something only together, so they are swapped in together, and the weights carry
 the config's digest: a pair that was torn apart by a copy is refused.  They also carry a
@@ -35,6 +36,7 @@ from ..engine.errors import (
 from ..engine.tensor import Parameter, Tensor
 from ..lora.adapters import Factors, put
 from ..lora.lora import LoRAEmbedding, LoRALinear, is_adaptable, is_adapter, warn_of_rank
+from ..lora.variants import DoRALinear, SplitLinear, with_lengths
 from ..model.layers import Embedding
 from ..model.module import parameters, walk
 from ..model.transformer import Transformer
@@ -49,7 +51,7 @@ PREFIX = "base_model.model."
 CONFIG_DIGEST, BASE_DIGEST = "minilora.config_sha256", "minilora.base_sha256"
 SUFFIXES = {
     ".lora_A.weight": "A", ".lora_B.weight": "B",
-    ".lora_embedding_A": "A", ".lora_embedding_B": "B",
+    ".lora_embedding_A": "A", ".lora_embedding_B": "B", ".lora_magnitude_vector": "m",
 }  # fmt: skip
 
 
@@ -80,12 +82,19 @@ def save_adapter(
 
     `extra` are files beside them: a model card, the record of the run.
     Errors: `AdapterError` where there is no adapter, where other weights train too, where
-    scales or dropout rates differ in kind, or for a rank or an alpha that `load_adapter` would
-    refuse; `FormatError` for a model that no family of checkpoints has, and a `base`
+    scales or dropout rates differ in kind or only some are DoRA, for adapters that began by
+    splitting their weight (see `SplitLinear`), or for a rank or an alpha that `load_adapter`
+    would refuse; `FormatError` for a model that no family of checkpoints has, and a `base`
     that is no text; `CheckpointError` if it cannot be written.
     """
     nodes = adapter_nodes(adapted)
-    factors = {id(f) for node in nodes.values() for f in (node.A, node.B)}
+    split = [path for path, node in nodes.items() if isinstance(node, SplitLinear)]
+    if split:
+        raise AdapterError(
+            f"save_adapter: {split[0]} began by splitting its weight, and its factors mean nothing "
+            "on that weight: save put(model, learned(start, adapted)), or merge"
+        )
+    factors = {id(f) for node in nodes.values() for f in stored_factors(node).values()}
     others = [path for path, p in parameters(adapted).items() if id(p) not in factors]
     if others:
         raise AdapterError(
@@ -99,12 +108,8 @@ def save_adapter(
     arrays = {}
     for path, node in nodes.items():
         module = PREFIX + hf_name(path, adapted.config)
-        table = isinstance(node, LoRAEmbedding)
-        for letter, factor in (("A", node.A), ("B", node.B)):
-            name = (
-                f"{module}.lora_embedding_{letter}" if table else f"{module}.lora_{letter}.weight"
-            )
-            arrays[name] = to_numpy(factor.data)
+        for suffix, factor in stored_factors(node).items():
+            arrays[module + suffix] = to_numpy(factor.data)
     notes = {
         "format": "pt",
         CONFIG_DIGEST: hashlib.sha256(raw).hexdigest(),
@@ -112,6 +117,16 @@ def save_adapter(
     }
     files: dict[str, Content] = {CONFIG: raw, WEIGHTS: safetensors.encode(arrays, notes)}
     replace_directory(directory, files | dict(extra or {}))
+
+
+def stored_factors(node: LoRALinear | LoRAEmbedding) -> dict[str, Tensor]:
+    """What is stored of an adapter, by the ends of its tensors' names."""
+    if isinstance(node, LoRAEmbedding):
+        return {".lora_embedding_A": node.A, ".lora_embedding_B": node.B}
+    found = {".lora_A.weight": node.A, ".lora_B.weight": node.B}
+    if isinstance(node, DoRALinear):
+        found[".lora_magnitude_vector"] = node.magnitude
+    return found
 
 
 def adapter_config(
@@ -126,13 +141,14 @@ def adapter_config(
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
         "r": rank, "lora_alpha": short_number(alpha), "use_rslora": stabilized,
+        "use_dora": one_of("DoRA", [isinstance(n, DoRALinear) for n in nodes.values()]),
         "lora_dropout": one_of("dropout", rates or [0.0]),
         "target_modules": target_names(model, names),
         "rank_pattern": {names[p]: n.rank for p, n in nodes.items() if n.rank != rank},
         "alpha_pattern": {
             names[p]: short_number(n.alpha) for p, n in nodes.items() if n.alpha != alpha
         },
-        "bias": "none", "use_dora": False, "modules_to_save": None, "inference_mode": True,
+        "bias": "none", "modules_to_save": None, "inference_mode": True,
         "fan_in_fan_out": family(model.config) == "gpt2",
     }  # fmt: skip
 
@@ -190,11 +206,13 @@ def load_adapter(
     config = read_adapter_config(directory)
     stored = read_weights(directory, config, allow_nonfinite)
     paths = {hf_name(path, model.config): path for path in adaptable_paths(model)}
-    factors = sorted_factors(directory, stored, paths, model)
+    letters = "ABm" if config["use_dora"] else "AB"
+    factors = sorted_factors(directory, stored, paths, model, letters)
     expect_targets(directory, config, paths, {paths[module] for module in factors})
     check_base(directory, stored, model, strict_base)
 
     adapter: dict[str, Factors] = {}
+    lengths: dict[str, Tensor] = {}  # DoRA's
     nodes = dict(walk(model))
     kind = Parameter if trainable else Tensor
     for module, pair in factors.items():
@@ -203,21 +221,25 @@ def load_adapter(
         table = isinstance(node, Embedding)
         d_out, d_in = node.weight.shape[::-1] if table else node.shape
         r = pattern_value(config["rank_pattern"], module, config["r"])
-        for letter, shape in (("A", (r, d_in)), ("B", (d_out, r))):
+        if table and config["use_dora"]:
+            raise AdapterError(f"{directory / CONFIG}: use_dora: not done here for {module}")
+        for letter, shape in zip(letters, ((r, d_in), (d_out, r), (d_out,)), strict=False):
             found = stored.entries[pair[letter]].shape
             if found != shape:
                 raise AdapterError(
                     f"{directory / WEIGHTS}: {pair[letter]}: expected {shape}, found {found}"
                 )
         weight = node.weight.data if table else model.norm.weight.data
-        A, B = (
+        A, B, *m = (
             kind(to_device(decoded(directory, stored, pair[letter]), device_of(weight)))
-            for letter in "AB"
+            for letter in letters
         )
+        if m:
+            lengths[path] = m[0]
         alpha = float(pattern_value(config["alpha_pattern"], module, config["lora_alpha"]))
         rate = 0.0 if table else config["lora_dropout"]
         adapter[path] = Factors(A, B, alpha, config["use_rslora"], rate)
-    tree = put(model, adapter)
+    tree = with_lengths(put(model, adapter), lengths)
     warn_of_rank(tree)
     return tree
 
@@ -265,8 +287,12 @@ def sorted_factors(
     stored: safetensors.SafeTensors,
     paths: Mapping[str, str],
     model: Transformer,
+    letters: str,
 ) -> dict[str, dict[str, str]]:
-    """`{module: {"A": tensor name, "B": tensor name}}`, with nothing missing and nothing over."""
+    """`{module: {"A": tensor name, "B": tensor name}}`, with nothing missing and nothing over.
+
+    `letters` are those that each module has; "m" is DoRA's magnitude.
+    """
     factors: dict[str, dict[str, str]] = {}
     odd = []
     for name in stored:
@@ -275,7 +301,8 @@ def sorted_factors(
             continue
         table = suffix is not None and "embedding" in suffix
         is_table = module in paths and paths[module] in ("embedding", "positions")
-        if letter is None or module not in paths or table != is_table:
+        known = letter is not None and letter in letters and module in paths
+        if not known or (table != is_table and letter != "m"):
             odd.append(name)
         else:
             factors.setdefault(module, {})[letter] = name
@@ -283,7 +310,7 @@ def sorted_factors(
         raise AdapterError(
             f"{directory / WEIGHTS}: tensors that have no place in this model: {short(sorted(odd))}"
         )
-    missing = [f"{m}.lora_{x}" for m, pair in factors.items() for x in "AB" if x not in pair]
+    missing = [f"{m}.lora_{x}" for m, pair in factors.items() for x in letters if x not in pair]
     if missing or not factors:
         raise AdapterError(
             f"{directory / WEIGHTS}: missing: {short(sorted(missing)) if factors else 'everything'}"

@@ -19,7 +19,7 @@ PLAIN_PATTERN = re.compile(r"\^?(?:[A-Za-z0-9_.-]|\\\.)+\$?")
 # Settings that are read, or that change nothing about what a saved adapter computes ...
 READ = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern",
-    "alpha_pattern", "use_rslora", "base_model_name_or_path",
+    "alpha_pattern", "use_rslora", "use_dora", "base_model_name_or_path",
 }  # fmt: skip
 IGNORED = {
     "task_type", "inference_mode", "peft_version", "revision", "auto_mapping", "fan_in_fan_out",
@@ -44,8 +44,8 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
 
 def checked(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """The settings in a config, with what it leaves out.  Errors: `AdapterError` naming `path`."""
-    config = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "lora_dropout": 0.0,
-              "lora_alpha": None} | content  # fmt: skip
+    config = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "use_dora": False,
+              "lora_dropout": 0.0, "lora_alpha": None} | content  # fmt: skip
 
     def refuse(name: str, wanted: str) -> None:
         raise AdapterError(f"{path}: {name}: expected {wanted}, found {short(config.get(name))}")
@@ -67,8 +67,9 @@ def checked(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
         refuse("lora_alpha", "a finite number > 0")
     if not is_number(config["lora_dropout"]) or not 0 <= config["lora_dropout"] < 1:
         refuse("lora_dropout", "a number in [0, 1)")
-    if type(config["use_rslora"]) is not bool:
-        refuse("use_rslora", "true or false")
+    for name in ("use_rslora", "use_dora"):
+        if type(config[name]) is not bool:
+            refuse(name, "true or false")
     targets = config.get("target_modules")
     if type(targets) is str and targets != "all-linear":
         refuse("target_modules", 'names or "all-linear" (a regular expression is not run)')

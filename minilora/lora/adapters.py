@@ -19,7 +19,14 @@ from ..engine.tensor import Tensor
 from ..model.layers import Embedding, Rng, is_linear
 from ..model.module import freeze, module, rebuild, walk
 from ..model.targets import ALL_LINEAR, select
-from .lora import LoRAEmbedding, LoRALinear, is_adaptable, is_adapter, scale_of
+from .lora import (
+    LoRAEmbedding,
+    LoRALinear,
+    expect_plain,
+    is_adaptable,
+    is_adapter,
+    scale_of,
+)
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 WAYS = ("concat", "linear", "svd")
@@ -46,15 +53,23 @@ Adapter = Mapping[str, Factors]  # by the path of the module
 def take(adapted: Any) -> Adapter:
     """The adapter of a tree, by path.  Arrays are shared; Parameters become Tensors.
 
-    Errors: `AdapterError` if there is none.
+    Errors: `AdapterError` if there is none, or for one that is more than s B A on its base.
     """
+    for path, node in walk(adapted):
+        if is_adapter(node):
+            expect_plain("take", path, node)
+    return factors(adapted)
+
+
+def factors(adapted: Any) -> Adapter:
+    """The factors of all adapters of a tree, whatever else these hold.  Errors: `AdapterError`."""
     found = {
         path: Factors(node.A, node.B, node.alpha, node.rank_stabilized, node.dropout)
         for path, node in walk(freeze(adapted))
         if is_adapter(node)
     }
     if not found:
-        raise AdapterError("take: expected a model with adapters, found none")
+        raise AdapterError("expected a model with adapters, found none")
     return found
 
 
@@ -293,12 +308,21 @@ def extract(
         if path not in new or not is_linear(new[path]) or new[path].shape != old[path].shape:
             raise AdapterError(f"extract: expected a linear {old[path].shape} at {path} in both")
         change = wide(new[path].dense()) - wide(old[path].dense())
-        xp, dtype = xp_of(change), change.dtype
-        U, S, Vt = xp.linalg.svd(change.astype(xp.float64), full_matrices=False)
-        r = min(rank, len(S))
-        root = xp.sqrt(S[:r])
-        A, B = root[:, None] * Vt[:r], U[:, :r] * root
-        made[path] = Factors(Tensor(A.astype(dtype)), Tensor(B.astype(dtype)), float(r))
-        whole = float(xp.sqrt(xp.square(S).sum()))
-        errors[path] = float(xp.sqrt(xp.square(S[r:]).sum())) / whole if whole else 0.0
+        dtype = change.dtype
+        A, B, errors[path] = truncated(change, rank)
+        made[path] = Factors(Tensor(A.astype(dtype)), Tensor(B.astype(dtype)), float(len(A)))
     return made, errors
+
+
+def truncated(M: Any, rank: int) -> tuple[Any, Any, float]:
+    """A (r, d_in), B (d_out, r) in float64 with B A nearest to M, and ‖M - B A‖ / ‖M‖.
+
+    M = U S Vᵀ:  A = √S_r V_rᵀ,  B = U_r √S_r;  r is at most min(d_out, d_in).
+    """
+    xp = xp_of(M)
+    U, S, Vt = xp.linalg.svd(M.astype(xp.float64), full_matrices=False)
+    r = min(rank, len(S))
+    root = xp.sqrt(S[:r])
+    whole = float(xp.sqrt(xp.square(S).sum()))
+    error = float(xp.sqrt(xp.square(S[r:]).sum())) / whole if whole else 0.0
+    return root[:, None] * Vt[:r], U[:, :r] * root, error

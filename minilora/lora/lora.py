@@ -145,6 +145,14 @@ def is_adapter(node: Any) -> bool:
     return isinstance(node, (LoRALinear, LoRAEmbedding))
 
 
+def expect_plain(what: str, path: str, node: Any) -> None:
+    """Refuse an adapter that is more than s B A on the weight it was made for: a variant."""
+    if type(node) not in (LoRALinear, LoRAEmbedding):
+        raise AdapterError(
+            f"{what}: expected plain LoRA at {path}, found a {type(node).__name__}: merge it"
+        )
+
+
 def is_adaptable(node: Any) -> bool:
     return is_linear(node) or isinstance(node, Embedding)
 

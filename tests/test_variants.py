@@ -1,0 +1,480 @@
+"""PiSSA, LoftQ and DoRA: what each starts as, what it is to training, and to a file."""
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from real_files import FAMILIES, adapted_of, logits, model_of
+
+from minilora import (
+    AdamW,
+    Parameter,
+    Tensor,
+    adapt,
+    count,
+    freeze,
+    generate,
+    merge,
+    parameters,
+    rebuild,
+    to_device,
+    walk,
+)
+from minilora.engine.errors import AdapterError
+from minilora.engine.fused import linear
+from minilora.engine.tensor import matmul
+from minilora.files.export import export_gguf, export_mlx
+from minilora.files.peft import WEIGHTS, load_adapter, save_adapter
+from minilora.files.peft_config import CONFIG
+from minilora.lora.adapters import put, take
+from minilora.lora.lora import LoRALinear
+from minilora.lora.variants import (
+    DoRALinear,
+    SplitLinear,
+    dora,
+    learned,
+    loftq,
+    pissa,
+    row_lengths,
+)
+from minilora.model.layers import Linear
+from minilora.quant.linear import QuantizedLinear, merge_quantized, quantize
+
+SIZES = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 6), st.integers(1, 80))
+coarse = partial(quantize, code="int4", block=32, double=False)
+
+
+def layer(device, sizes, alpha=3.0, bias=True, seed=0, **options):
+    """An adapter with both factors away from zero, float64; and inputs for it."""
+    d_out, d_in, r, n = sizes
+    rng = np.random.default_rng(seed)
+    draw = rng.standard_normal
+    base = Linear(Tensor(draw((d_out, d_in))), Tensor(draw(d_out)) if bias else None)
+    A, B = Parameter(draw((min(r, d_out, d_in), d_in))), draw((d_out, min(r, d_out, d_in)))
+    node = LoRALinear(base, A, Parameter(B), alpha, **options)
+    return to_device(node, device), to_device(Tensor(draw((n, d_in))), device).data
+
+
+def weight(host, node):
+    """W0 + s B A"""
+    return host(node.base.dense()) + node.scale * host(node.B.data) @ host(node.A.data)
+
+
+def tail(W, r):
+    """What the best matrix of rank r leaves of W."""
+    return np.sqrt(np.square(np.linalg.svd(W, compute_uv=False)[r:]).sum())
+
+
+def trained(tree, x, steps=3):
+    optimizer = AdamW(tree, lr=1e-2)
+    for _ in range(steps):
+        y = optimizer.model(x)
+        (y * y).sum().backward(into=optimizer.gradients)
+        optimizer.step()
+    return freeze(optimizer.model)
+
+
+# ------------------------------------------------------------------------ PiSSA
+
+
+@given(SIZES, st.booleans(), st.sampled_from([0.5, 3.0, 16.0]))
+def test_pissa_splits_a_weight_into_its_best_part_and_the_rest(
+    device, host, sizes, stabilized, alpha
+):
+    node, x = layer(device, sizes, alpha=alpha, rank_stabilized=stabilized)
+    W0, r = host(node.base.weight.data), node.rank
+    start = pissa(node)
+    assert type(start) is SplitLinear
+    assert (start.alpha, start.rank_stabilized, start.rank) == (alpha, stabilized, r)
+    np.testing.assert_allclose(weight(host, start), W0, atol=1e-10)
+    rest = np.linalg.norm(host(start.base.weight.data))
+    assert rest == pytest.approx(tail(W0, r), rel=1e-9, abs=1e-9)
+    root = np.linalg.norm(host(start.A.data), axis=1)  # of s B A: half lies in each factor
+    np.testing.assert_allclose(root, np.linalg.norm(host(start.B.data), axis=0), atol=1e-12)
+    np.testing.assert_allclose(host(start(x).data), host(node.base(x).data), atol=1e-9)
+    assert host(node.base.weight.data).tobytes() == W0.tobytes()
+
+
+@given(SIZES)
+def test_what_pissa_learned_is_an_adapter_of_twice_the_rank_for_w0(device, host, sizes):
+    node, x = layer(device, sizes)
+    start = pissa(node)
+    end = trained(start, x)
+    assert np.abs(weight(host, end) - weight(host, start)).max() > 1e-3
+    adapter = learned(start, end)
+    assert adapter[""].A.shape[0] == 2 * node.rank
+    on_w0 = put(node.base, adapter)
+    np.testing.assert_allclose(weight(host, on_w0), weight(host, end), atol=1e-9)
+    assert type(on_w0) is LoRALinear
+
+
+def test_qpissa_quantizes_the_rest(device, host):
+    node, _ = layer(device, (24, 16, 4, 3))
+    W0 = host(node.base.weight.data)
+    start = pissa(node, coarse)
+    rest = coarse(pissa(node).base)
+    assert isinstance(start.base, QuantizedLinear)
+    assert host(start.base.dense()).tobytes() == host(rest.dense()).tobytes()
+    error = np.linalg.norm(weight(host, start) - W0)
+    assert 0 < error < np.linalg.norm(host(coarse(node.base).dense()) - W0)
+
+
+# ------------------------------------------------------------------------ LoftQ
+
+
+@given(SIZES, st.sampled_from([0.5, 3.0, 16.0]))
+def test_loftq_gives_back_the_best_part_of_what_quantization_lost(device, host, sizes, alpha):
+    node, _ = layer(device, sizes, alpha=alpha)
+    W0 = host(node.base.weight.data)
+    start = loftq(node, coarse)
+    Q = host(coarse(node.base).dense())
+    assert host(start.base.dense()).tobytes() == Q.tobytes()  # the base that QLoRA has
+    error = np.linalg.norm(weight(host, start) - W0)
+    assert error == pytest.approx(tail(W0 - Q, node.rank), rel=1e-6, abs=1e-9)
+
+
+@given(SIZES, st.integers(2, 5))
+def test_each_round_of_loftq_ends_with_the_best_factors_for_its_codes(device, host, sizes, rounds):
+    node, _ = layer(device, sizes)
+    W0 = host(node.base.weight.data)
+    before, after = loftq(node, coarse, rounds - 1), loftq(node, coarse, rounds)
+    left = W0 - before.scale * host(before.B.data) @ host(before.A.data)
+    again = coarse(Linear(to_device(Tensor(left), device)))
+    np.testing.assert_allclose(host(after.base.dense()), host(again.dense()), atol=1e-9)
+    error = np.linalg.norm(weight(host, after) - W0)
+    gap = tail(W0 - host(after.base.dense()), node.rank)
+    assert error == pytest.approx(gap, rel=1e-6, abs=1e-9)
+
+
+def test_more_rounds_of_loftq_help_coarse_codes_on_average(device, host):
+    """24 drawn weights: five rounds leave less than one, and one less than QLoRA's start."""
+    error = {rounds: [] for rounds in (0, 1, 5)}
+    for seed in range(24):
+        node, _ = layer(device, (24, 32, 4, 1), seed=seed)
+        W0 = host(node.base.weight.data)
+        error[0].append(np.linalg.norm(host(coarse(node.base).dense()) - W0))
+        for rounds in (1, 5):
+            start = loftq(node, coarse, rounds)
+            error[rounds].append(np.linalg.norm(weight(host, start) - W0))
+    assert np.all(np.less(error[1], error[0]))
+    assert np.mean(error[5]) < np.mean(error[1])
+
+
+# ------------------------------------------------------------------------ DoRA
+
+
+@given(SIZES)
+def test_row_lengths_are_those_of_the_whole_weight(device, host, sizes):
+    node, _ = layer(device, sizes)
+    for base in (node.base, coarse(node.base)):
+        n = row_lengths(node.A.data, node.B.data, base=base, scale=node.scale)
+        W = host(base.dense()) + node.scale * host(node.B.data) @ host(node.A.data)
+        np.testing.assert_allclose(host(n), np.linalg.norm(W, axis=1), rtol=1e-12)
+
+
+@given(SIZES, st.booleans())
+def test_dora_starts_as_its_base_to_the_bit(device, host, sizes, bias):
+    node, x = layer(device, sizes, bias=bias)
+    plain = LoRALinear(node.base, node.A, Parameter(node.B.data * 0), node.alpha)
+    start = dora(plain)
+    assert host(start(x).data).tobytes() == host(plain(x).data).tobytes()
+    assert isinstance(start.magnitude, Parameter)
+    assert count(start, trainable=True) == count(plain, trainable=True) + node.base.shape[0]
+
+
+@given(SIZES, st.booleans())
+def test_the_rows_of_a_merged_dora_have_the_lengths_that_train(device, host, sizes, bias):
+    node, x = layer(device, sizes, bias=bias)
+    d_out = node.base.shape[0]
+    m = np.random.default_rng(5).uniform(0.1, 2, d_out)
+    node = with_magnitude(dora(node), to_device(Parameter(m), device))
+    plain = merge(node)
+    W = host(plain.weight.data)
+    np.testing.assert_allclose(np.linalg.norm(W, axis=1), m, rtol=1e-9)
+    np.testing.assert_allclose(W - host(node.base.weight.data), host(node.delta()), atol=1e-9)
+    np.testing.assert_allclose(host(node(x).data), host(plain(x).data), atol=1e-9)
+    straight = weight(host, node)  # the direction of W0 + s B A, row by row
+    cosine = (W * straight).sum(1) / (np.linalg.norm(W, axis=1) * np.linalg.norm(straight, axis=1))
+    np.testing.assert_allclose(cosine, 1, rtol=1e-9)
+
+
+@given(SIZES, st.booleans())
+def test_dora_has_the_gradients_of_its_equation_with_n_constant(device, host, sizes, bias):
+    node, x = layer(device, sizes, bias=bias)
+    node = dora(node)
+    n = Tensor(node.lengths())
+    W = (node.base.weight + matmul(node.B, node.A) * node.scale) * (node.magnitude / n).reshape(
+        -1, 1
+    )
+    y = linear(Tensor(x), W, node.base.bias)
+    expected, found = ((v * v).sum().backward() for v in (y, node(Tensor(x))))
+    assert found.keys() == {node.A, node.B, node.magnitude}
+    for parameter, g in found.items():
+        scale = 1 + np.abs(host(expected[parameter])).max()
+        assert np.abs(host(g) - host(expected[parameter])).max() <= 1e-10 * scale
+
+
+def with_magnitude(node, m):
+    return DoRALinear(
+        node.base, node.A, node.B, node.alpha, node.rank_stabilized, node.dropout, m
+    )  # fmt: skip
+
+
+def test_dora_trains_lengths_and_leaves_the_base(device, host):
+    node, x = layer(device, (6, 5, 2, 9))
+    start = dora(node)
+    before = host(start.base.weight.data).tobytes()
+    end = trained(start, x)
+    assert np.abs(host(end.magnitude.data) - host(start.magnitude.data)).min() > 1e-3
+    assert end.base.weight.data is node.base.weight.data
+    assert host(end.base.weight.data).tobytes() == before
+
+
+def test_dropout_falls_on_what_the_adapter_reads_alone(device, host):
+    node, x = layer(device, (6, 5, 2, 400), dropout=0.5)
+    start = dora(LoRALinear(node.base, node.A, Parameter(node.B.data * 0), 3.0, dropout=0.5))
+    y = start(Tensor(x), np.random.default_rng(3))
+    np.testing.assert_allclose(host(y.data), host(node.base(x).data), atol=1e-12)
+    moved = dora(node)(Tensor(x), np.random.default_rng(3))
+    assert np.abs(host(moved.data) - host(dora(node)(Tensor(x)).data)).max() > 0.1
+
+
+# ------------------------------------------------------------------------ whole models
+
+
+def model_on(device, name="llama"):
+    return to_device(model_of(name), device)
+
+
+def dora_of(model, **options):
+    """A DoRA model with nothing at its start."""
+    adapted, rng = dora(adapted_of(model, **options)), np.random.default_rng(4)
+
+    def shaken(path, node):
+        if path.endswith(".magnitude"):
+            change = rng.uniform(0.8, 1.2, node.shape).astype(np.float32)
+            return Parameter(node.data * to_device(Tensor(change), device_name(node)).data)
+        return node
+
+    return rebuild(adapted, shaken)
+
+
+def device_name(node):
+    return "cpu" if isinstance(node.data, np.ndarray) else "cuda"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama biased"])
+def test_a_merged_model_is_the_model(device, dev, name):
+    model, ids = model_on(device, name), dev(np.arange(24).reshape(2, 12) * 13 % 320)
+    scores = partial(logits, ids=ids)
+    for tree in (dora_of(model), pissa(adapted_of(model)), loftq(adapted_of(model), quantize)):
+        assert np.abs(scores(merge(tree)) - scores(tree)).max() <= 1e-4
+    four = dora_of(quantize(model))
+    for way in ("dequantized", "original"):
+        whole, errors = merge_quantized(four, way, model)
+        assert set(errors) == {p for p, n in walk(four) if isinstance(n, DoRALinear)}
+        if way == "dequantized":
+            assert np.abs(scores(whole) - scores(four)).max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_generation_with_lengths_is_that_of_the_merged_model(device, name):
+    tree = dora_of(model_on(device, name))
+    prompts = [[5, 9, 11], [7, 3]]
+    assert generate(tree, prompts, 8) == generate(merge(tree), prompts, 8)
+
+
+# ------------------------------------------------------------------------ refusals
+
+
+def test_what_cannot_be_split_or_measured_is_refused(device):
+    model = model_on(device)
+    adapted = adapted_of(model)
+    for variant in (pissa, partial(loftq, quantize=quantize), dora):
+        with pytest.raises(AdapterError, match="with adapters on its linears, found none"):
+            variant(model)
+        with pytest.raises(AdapterError, match="expected plain LoRA, found a DoRALinear"):
+            variant(dora(adapted))
+    for start in (pissa, partial(loftq, quantize=quantize)):
+        with pytest.raises(AdapterError, match="plain Linear, found a QuantizedLinear"):
+            start(adapted_of(quantize(model)))
+        with pytest.raises(AdapterError, match="expected s > 0 and a rank up to"):
+            start(adapted_of(model, alpha=-1.0))
+        with pytest.raises(AdapterError, match=r"found s = 0\.125 and rank 40"):
+            start(adapted_of(model, rank=40))
+    with pytest.raises(AdapterError, match="rounds: expected a whole number >= 1, found 0"):
+        loftq(adapted, quantize, rounds=0)
+    up = model.blocks[0].mlp.up.weight
+    dead = rebuild(model, lambda _, n: Tensor(zero_row(n.data, 3)) if n is up else n)
+    with pytest.raises(AdapterError, match=r"blocks\.0\.mlp\.up: row 3 of the weight is zero"):
+        dora(adapt(dead, rank=2, rng=np.random.default_rng(0)))
+
+
+def zero_row(W, row):
+    W = W.copy()
+    W[row] = 0
+    return W
+
+
+def test_a_magnitude_that_does_not_fit_is_refused(device):
+    node = dora(layer(device, (6, 5, 2, 1))[0])
+    for m in (None, Parameter(node.magnitude.data[:5])):
+        with pytest.raises(AdapterError, match=r"expected magnitude \(6,\), found"):
+            with_magnitude(node, m)
+
+
+def test_a_variant_is_not_taken_for_plain_lora(device, tmp_path):
+    if device != "cpu":
+        pytest.skip("writes files")
+    model = model_of()
+    split, lengths = pissa(adapted_of(model)), dora_of(model)
+    for tree, kind in ((split, "SplitLinear"), (lengths, "DoRALinear")):
+        with pytest.raises(AdapterError, match=f"take: expected plain LoRA at .* {kind}: merge"):
+            take(tree)
+        for export in (export_gguf, export_mlx):
+            with pytest.raises(AdapterError, match=f"plain LoRA at .* {kind}: merge"):
+                export(tmp_path / "out", tree)
+    with pytest.raises(AdapterError, match=r"learned\(start, adapted\)"):
+        save_adapter(tmp_path / "out", split)
+    with pytest.raises(AdapterError, match="learned: expected the same adapters in both trees"):
+        learned(split, pissa(adapted_of(model, targets=["query"])))
+    some = adapted_of(model)
+    up = some.blocks[0].mlp.up
+    some = rebuild(some, lambda _, n: dora(up) if n is up else n)
+    with pytest.raises(AdapterError, match="DoRA: expected one value for all adapters"):
+        save_adapter(tmp_path / "out", some)
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------ files
+
+
+def same_factors(a, b):
+    ours, theirs = (
+        {
+            path: getattr(node, name).data.tobytes()
+            for path, node in walk(tree)
+            if isinstance(node, DoRALinear)
+            for name in ("A", "B", "magnitude")
+        }
+        for tree in (a, b)
+    )
+    assert ours == theirs
+    assert ours
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_dora_comes_back_from_its_files_to_the_bit(device, tmp_path, name):
+    if device != "cpu":
+        pytest.skip("writes files")
+    model = model_of(name)
+    adapted = dora_of(model, rank_pattern={"down": 2})
+    save_adapter(tmp_path / "adapter", adapted)
+    back = load_adapter(tmp_path / "adapter", model)
+    same_factors(adapted, back)
+    assert not parameters(back)
+    assert logits(back).tobytes() == logits(freeze(adapted)).tobytes()
+    again = load_adapter(tmp_path / "adapter", model, trainable=True)
+    assert parameters(again).keys() == parameters(adapted).keys()
+
+
+def test_a_dora_directory_that_lacks_lengths_or_does_not_say_so_is_refused(device, tmp_path):
+    if device != "cpu":
+        pytest.skip("writes files")
+    model = model_of()
+    save_adapter(tmp_path / "dora", dora_of(model))
+    save_adapter(tmp_path / "lora", adapted_of(model))
+
+    def refused(weights, config, message):
+        folder = tmp_path / "mixed"
+        folder.mkdir(exist_ok=True)
+        content = json.loads((tmp_path / config / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps(content))
+        raw = (tmp_path / weights / WEIGHTS).read_bytes()
+        (folder / WEIGHTS).write_bytes(raw.replace(b"minilora.config_sha256", b"x" * 22))
+        with pytest.raises(AdapterError, match=message):
+            load_adapter(folder, model)
+
+    refused("lora", "dora", r"missing: .*lora_m")
+    refused("dora", "lora", r"no place in this model: .*lora_magnitude_vector")
+
+
+# ------------------------------------------------------------------------ against PEFT
+
+
+@pytest.fixture
+def peft(device):
+    if device != "cpu":
+        pytest.skip("reads files")
+    pytest.importorskip("torch").set_num_threads(1)
+    pytest.importorskip("transformers")
+    return pytest.importorskip("peft")
+
+
+def theirs_on_disk(tmp_path, model):
+    import transformers
+
+    from minilora.files.huggingface import save_huggingface
+
+    save_huggingface(tmp_path / "model", model)
+    return transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["gpt2", "llama", "llama biased"])
+def test_dora_is_that_of_peft_there_and_back_and_in_training(tmp_path, peft, name):
+    import torch
+
+    model = model_of(name)
+    adapted = dora_of(model)
+    save_adapter(tmp_path / "adapter", adapted)
+    theirs = peft.PeftModel.from_pretrained(
+        theirs_on_disk(tmp_path, model), tmp_path / "adapter", is_trainable=True
+    )
+    ids = np.random.default_rng(7).integers(0, 320, (2, 12))
+    scores = theirs(torch.tensor(ids)).logits
+    expected = scores.detach().numpy()
+    assert np.abs(logits(adapted, ids) - expected).max() <= 2e-5 * np.abs(expected).max()
+    scores.square().sum().backward()
+    y = adapted(ids)
+    found = (y * y).sum().backward()
+    gradients = {n: p.grad.numpy() for n, p in theirs.named_parameters() if p.grad is not None}
+    assert len(found) == len(gradients) == len(parameters(adapted))
+    size = lambda arrays: sorted(float(np.linalg.norm(g)) for g in arrays)
+    np.testing.assert_allclose(size(found.values()), size(gradients.values()), rtol=2e-4)
+    theirs.save_pretrained(tmp_path / "back")
+    same_factors(load_adapter(tmp_path / "back", model), adapted)
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_pissa_is_that_of_peft(tmp_path, peft, name):
+    """The same base and the same products B A; and their adapter itself is refused by name."""
+    import torch
+
+    model = model_of(name)
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules="all-linear",
+                             init_lora_weights="pissa")  # fmt: skip
+    theirs = peft.get_peft_model(theirs_on_disk(tmp_path, model), config).eval()
+    start = pissa(adapt(model, rank=3, alpha=6, rng=np.random.default_rng(0)))
+    ours = sorted(
+        (float(np.linalg.norm(n.base.dense())), float(np.linalg.norm(n.delta())))
+        for _, n in walk(start) if isinstance(n, SplitLinear)
+    )  # fmt: skip
+    found = sorted(
+        (float(m.base_layer.weight.norm()), float(m.get_delta_weight("default").norm()))
+        for m in theirs.modules() if hasattr(m, "base_layer")
+    )  # fmt: skip
+    np.testing.assert_allclose(ours, found, rtol=1e-4)
+    ids = np.random.default_rng(7).integers(0, 320, (2, 12))
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids)).logits.numpy()
+    assert np.abs(logits(start, ids) - expected).max() <= 1e-4 * np.abs(expected).max()
+    theirs.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(AdapterError, match="init_lora_weights: expected an initialization that"):
+        load_adapter(tmp_path / "adapter", model)
