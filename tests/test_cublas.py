@@ -22,6 +22,7 @@ from minilora.engine.fused import frozen_linear, linear, lora_linear
 from minilora.engine.rules import reference_rules
 from minilora.engine.tensor import Parameter, Tensor
 from minilora.fast import cublas, cuda_linear
+from minilora.lora.variants import row_lengths
 from minilora.model.layers import Linear
 from minilora.model.module import to_device as tree_to_device
 from minilora.quant.blockwise import quantize_array
@@ -334,6 +335,16 @@ def test_lora_linear(bias, codes):
     arrays = drawn((2, 40, 12), (3, 12), (10, 3))
     options = {"base": base(bias=bias, codes=codes), "scale": 0.7}
     held(lora_linear, arrays, options, 8)  # out: W, y, u; back: W, dx, gB, dA, dB
+
+
+@pytest.mark.parametrize("codes", [True, False])
+def test_row_lengths(fake, codes):
+    A, B = drawn((3, 12), (10, 3))
+    node = base(codes=codes)
+    W = node.dense().astype(np.float64) + 0.7 * B.astype(np.float64) @ A
+    n = row_lengths(dev(A), dev(B), base=tree_to_device(node, "cuda"), scale=0.7)
+    assert fake.asked.count("cublasGemmEx") == 1
+    assert np.abs(to_numpy(n) / np.linalg.norm(W, axis=1) - 1).max() <= 1e-6
 
 
 @pytest.mark.parametrize("codes", [True, False])

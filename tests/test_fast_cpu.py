@@ -74,6 +74,7 @@ UPDATES_TESTED_ELSEWHERE = {
     "adamw8bit_update",
     "quantize_blocks",
     "dequantize_blocks",
+    "row_lengths",
 }
 
 

@@ -7,7 +7,7 @@ used inside one call is kept per thread; what a pullback keeps is always a new a
 import math
 import threading
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from ..engine.graph import together
 from ..engine.loss import head_cross_entropy
 from ..engine.rules import wide
 from ..engine.tensor import swap
+from ..lora.variants import row_lengths
 from ..model.layers import Linear
 
 # Entries of a block: 512 KiB of float32, half a level-2 cache.  Each call into NumPy hands the
@@ -152,18 +153,7 @@ def _(xp, x, A, B, *, base, scale, wants):
     if A.shape != (B.shape[1], d_in) or B.shape[0] != d_out:
         return NotImplemented  # the specification says what is wrong
 
-    def updated():
-        """W0 + s B A, in scratch; W0 itself as long as B is zero."""
-        W0 = base.dense() if isinstance(base, Linear) else None
-        if W0 is None or W0.dtype != x_dtype:  # in codes or narrower
-            W0 = base.dense(arena.take("dense weight", (d_out, d_in), x_dtype))
-        if not B.any():
-            return W0
-        W = np.matmul(B * scale, A, out=arena.take("lora weight", W0.shape, x_dtype))
-        W += W0
-        return W
-
-    x_dtype = x.dtype
+    updated = partial(adapted_weight, A, B, base, scale)
     y = x @ updated().T
     if base.bias is not None:
         y += wide(base.bias.data)
@@ -179,6 +169,26 @@ def _(xp, x, A, B, *, base, scale, wants):
         )
 
     return y.reshape(*shape[:-1], d_out), together(pullback)
+
+
+def adapted_weight(A, B, base, scale):
+    """W0 + s B A, in scratch; W0 itself as long as B is zero."""
+    W0 = base.dense() if isinstance(base, Linear) else None
+    if W0 is None or W0.dtype != A.dtype:  # in codes or narrower
+        W0 = base.dense(arena.take("dense weight", base.shape, A.dtype))
+    if not B.any():
+        return W0
+    W = np.matmul(B * scale, A, out=arena.take("lora weight", W0.shape, A.dtype))
+    W += W0
+    return W
+
+
+@row_lengths.on("numpy")
+def _(xp, A, B, *, base, scale):
+    if not real(A, B):
+        return NotImplemented
+    W = adapted_weight(A, B, base, scale)
+    return np.sqrt(np.vecdot(W, W))
 
 
 def stack_height(n, d, r, along=False):

@@ -1,10 +1,13 @@
 """Linear layers on a card: each product is one call of cuBLAS, which a CUDA graph can hold."""
 
+from functools import partial
+
 from ..engine.bf16 import BF16
 from ..engine.fused import frozen_linear, linear, lora_linear, rows
 from ..engine.graph import together
 from ..engine.rounding import narrow
 from ..engine.rules import wide
+from ..lora.variants import row_lengths
 from .cublas import cublas
 from .cuda import contiguous, floats, storage
 from .cuda_coded import coded_product
@@ -94,6 +97,22 @@ def fit(x, A, B, base):
     )  # fmt: skip
 
 
+def adapted_weight(xp, product, A, B, base, scale):
+    """W0 + s B A, float32, in an array of its own."""
+    W = base.dense(xp.empty(base.shape, xp.float32))
+    return product(B, A, W, alpha=scale, beta=1.0)
+
+
+@row_lengths.on("cupy")
+def _(xp, A, B, *, base, scale):
+    """With the product by cuBLAS, which a CUDA graph can hold."""
+    blas = cublas(xp)
+    if blas is None or not floats(A, B):
+        return NotImplemented
+    W = adapted_weight(xp, blas.product, A, B, base, scale)
+    return xp.sqrt(xp.square(W, out=W).sum(axis=1))
+
+
 @lora_linear.on("cupy")
 def _(xp, x, A, B, *, base, scale, wants):
     """One product with W0 + s B A, written into scratch here and again on the way back; with few
@@ -103,17 +122,14 @@ def _(xp, x, A, B, *, base, scale, wants):
     of zeros, and so step 0 has the bits of the base.
     """
     blas = cublas(xp)
-    (d_out, d_in), b = base.shape, None if base.bias is None else base.bias.data
+    d_out, b = base.shape[0], None if base.bias is None else base.bias.data
     if blas is None or not floats(x, A, B, b) or not fit(x, A, B, base):
         return NotImplemented
     product, shape = blas.product, x.shape
     x = rows(x)
     few = len(x) < FEW
 
-    def updated():
-        W = base.dense(xp.empty((d_out, d_in), xp.float32))
-        return product(B, A, W, alpha=scale, beta=1.0)
-
+    updated = partial(adapted_weight, xp, product, A, B, base, scale)
     u = product(x, A.T) if few or wants[2] else None  # (n, r)
     if few:
         y = through(xp, product, x, base, product(u, B.T, alpha=scale))
