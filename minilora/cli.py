@@ -27,6 +27,7 @@ minilora {version}: LoRA and QLoRA from scratch in NumPy.
   minilora forgetting        what is learned against what is forgotten, as paths
   minilora swap              four adapters on one frozen base
   minilora targets           which matrices to adapt, at an equal budget
+  minilora variants          PiSSA, LoftQ and DoRA beside LoRA
   minilora memory            what a published model needs, on which card it fits
   minilora quantize          a code's levels, its error by block and by bits
   minilora paging            Adam's moments on pages, a spike they make room for
@@ -80,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
         ("forgetting", "what is learned against what is forgotten, as paths"),
         ("swap", "four adapters on one frozen base, each asked for every task"),
         ("targets", "which matrices to adapt, at the same number of trained numbers"),
+        ("variants", "PiSSA, LoftQ and DoRA beside LoRA, each at its own best rate"),
         ("paging", "a long sequence among short ones, with paged and unpaged Adam"),
     ):
         e = commands.add_parser(name, help=text)
@@ -236,7 +238,7 @@ def run_gpu_check(args: argparse.Namespace) -> int:
 
 def run_experiment(args: argparse.Namespace) -> int:
     """An experiment without further options: run, print, write the record, draw."""
-    from .lab import forgetting, paging, swap, targets, task_figures
+    from .lab import forgetting, paging, swap, targets, task_figures, variants
 
     run, config, report, draw = {
         "forgetting": (
@@ -246,6 +248,10 @@ def run_experiment(args: argparse.Namespace) -> int:
         "swap": (swap.swap, swap.SwapConfig, swap.swap_report, task_figures.swap_figure),
         "targets": (
             targets.targets, targets.TargetsConfig, targets.targets_report, targets.targets_figure,
+        ),
+        "variants": (
+            variants.variants, variants.VariantsConfig,
+            variants.variants_report, variants.variants_figure,
         ),
         "paging": (
             paging.paging, paging.PagingConfig, paging.paging_report, paging.paging_figure,

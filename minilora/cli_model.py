@@ -87,6 +87,7 @@ def add_commands(commands: Any) -> None:
     f.add_argument("--rank", type=int, default=8)
     f.add_argument("--alpha", type=float, default=16.0)
     f.add_argument("--rslora", dest="rank_stabilized", action="store_true")
+    f.add_argument("--dora", action="store_true", help="train the lengths of rows too (DoRA)")
     f.add_argument("--targets", type=names, default=("all-linear",), help="comma-separated")
     f.add_argument("--dropout", type=float, default=0.0)
     f.add_argument("--lr", type=float, help="default: 1.5e-3 for conversations, 1e-3 for text")

@@ -130,6 +130,13 @@ def test_inspect(tmp_path, capsys, place, adapter):
                           {prefix + name: f for name, f in factors.items()})  # fmt: skip
         code, _, error = command(capsys, "inspect", tmp_path)
         assert (code, "q_proj: expected A (4, d_in) and B (d_out, 4)" in error) == (2, True)
+    settings["use_dora"] = True
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    factors = {"A.weight": np.ones((4, 32), np.float32), "B.weight": np.ones((8, 4), np.float32)}
+    safetensors.write(tmp_path / "adapter_model.safetensors",
+                      {prefix + name: f for name, f in factors.items()})  # fmt: skip
+    code, _, error = command(capsys, "inspect", tmp_path)
+    assert (code, "q_proj: DoRA's magnitude is missing" in error) == (2, True)
     assert effective_rank(np.array([2.0, 2.0, 2.0])) == pytest.approx(3)
     assert effective_rank(np.zeros(3)) == 0
 

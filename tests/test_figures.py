@@ -6,7 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minilora.lab import figures, memory_report, paging, perplexity, quantize, targets, task_figures
+from minilora.lab import (
+    figures,
+    memory_report,
+    paging,
+    perplexity,
+    quantize,
+    targets,
+    task_figures,
+    variants,
+)
 from minilora.lab.bench import SUITES
 from minilora.lab.bench_report import bench_figure
 from minilora.train.tasks import TASKS
@@ -20,6 +29,7 @@ DRAWN = {
     "forgetting": ("forgetting", task_figures.forgetting_figure),
     "swap": ("swap", task_figures.swap_figure),
     "targets": ("targets", targets.targets_figure),
+    "variants": ("variants", variants.variants_figure),
     "paging": ("paging", paging.paging_figure),
     "nf4_levels": ("nf4_levels", quantize.levels_figure),
     "codes_by_block": ("codes_by_block", quantize.codes_figure),
@@ -62,8 +72,8 @@ def test_no_picture_without_a_record_and_no_record_without_a_kind():
     for path in FIGURES.glob("*.json"):
         record = json.loads(path.read_text())
         assert record["kind"] in {
-            "compare", "forgetting", "swap", "targets", "paging", "quantize", "memory",
-            "perplexity", "bench",
+            "compare", "forgetting", "swap", "targets", "variants", "paging", "quantize",
+            "memory", "perplexity", "bench",
         }, path.name  # fmt: skip
         assert "config" in record or record["kind"] == "memory", path.name
 

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 
+import numpy as np
 import pytest
 from real_files import command, model_of, small_place, tokenizer_of
 
@@ -12,6 +13,7 @@ from minilora.files.huggingface import read_huggingface, save_huggingface
 from minilora.files.peft import load_adapter
 from minilora.lab import finetune as lab
 from minilora.lab.report import size
+from minilora.lora.variants import DoRALinear
 from minilora.model.generate import generate
 from minilora.quant.linear import quantize
 
@@ -89,7 +91,8 @@ def test_a_fine_tune_leaves_an_adapter_with_its_papers(tmp_path, capsys, place, 
 def test_text_and_more_options(tmp_path, capsys, place):
     code, told, _ = finetuned(
         capsys, place, tmp_path / "out", "--targets", "query,value", "--rslora", "--batch", 2,
-        "--grad-accum", 3, "--epochs", 2, "--alpha", 3, "--dropout", "0.1", "--seed", 4, "--json",
+        "--grad-accum", 3, "--epochs", 2, "--alpha", 3, "--dropout", "0.1", "--seed", 4, "--dora",
+        "--json",
         data="text.txt",
     )  # fmt: skip
     assert code == 0
@@ -102,6 +105,17 @@ def test_text_and_more_options(tmp_path, capsys, place):
         True, 3, 0.1,
     )  # fmt: skip
     assert record["config"]["epochs"] == 2
+    assert settings["use_dora"] is True
+    tuned = load_adapter(tmp_path / "out", read_huggingface(place / "model"))
+    node = tuned.blocks[0].attention.query
+    assert isinstance(node, DoRALinear)
+    moved = node.magnitude.data / np.linalg.norm(node.base.weight.data, axis=1)
+    assert np.abs(moved - 1).max() > 1e-3  # it trained
+    assert "# A DoRA adapter for model" in (tmp_path / "out" / "README.md").read_text()
+    code, told, _ = command(capsys, "inspect", tmp_path / "out")
+    assert code == 0
+    assert "DoRA: norms and spectra are of s B A alone" in told
+    assert f"{record['trainable']:,} numbers" in told
 
 
 def test_shards_learn_the_same_and_what_they_hold_is_counted(tmp_path, capsys, place, monkeypatch):

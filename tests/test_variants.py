@@ -291,6 +291,25 @@ def test_generation_with_lengths_is_that_of_the_merged_model(device, name):
     assert generate(tree, prompts, 8) == generate(merge(tree), prompts, 8)
 
 
+def test_the_experiment_starts_where_it_says(device):
+    """The distances of `minilora variants`: constant for QLoRA, falling with rank for the others,
+    and for LoftQ below QLoRA's."""
+    if device != "cpu":
+        pytest.skip("on the host")
+    from minilora.lab.variants import ARMS, start_of, starts
+
+    rows = {(row["start"], row["code"]): row for row in starts((1, 8))}
+    for code in ("NF4", "2 bits"):
+        low, high = rows["QLoRA", code]["distance"]
+        assert low == high
+        for name in ("QPiSSA", "LoftQ", "LoftQ, 5 rounds"):
+            first, last = rows[name, code]["distance"]
+            assert last < first < low
+    base, *others = (count(start_of(arm, 2, 0)) for arm in ("LoRA", "PiSSA", "DoRA"))
+    assert others[0] == base < others[1]
+    assert len(ARMS) == 7
+
+
 # ------------------------------------------------------------------------ refusals
 
 

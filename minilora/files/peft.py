@@ -206,7 +206,7 @@ def load_adapter(
     config = read_adapter_config(directory)
     stored = read_weights(directory, config, allow_nonfinite)
     paths = {hf_name(path, model.config): path for path in adaptable_paths(model)}
-    letters = "ABm" if config["use_dora"] else "AB"
+    letters = letters_of(config)
     factors = sorted_factors(directory, stored, paths, model, letters)
     expect_targets(directory, config, paths, {paths[module] for module in factors})
     check_base(directory, stored, model, strict_base)
@@ -289,10 +289,7 @@ def sorted_factors(
     model: Transformer,
     letters: str,
 ) -> dict[str, dict[str, str]]:
-    """`{module: {"A": tensor name, "B": tensor name}}`, with nothing missing and nothing over.
-
-    `letters` are those that each module has; "m" is DoRA's magnitude.
-    """
+    """`{module: {letter: tensor name}}`, with nothing missing and nothing over."""
     factors: dict[str, dict[str, str]] = {}
     odd = []
     for name in stored:
@@ -316,6 +313,11 @@ def sorted_factors(
             f"{directory / WEIGHTS}: missing: {short(sorted(missing)) if factors else 'everything'}"
         )
     return factors
+
+
+def letters_of(config: Mapping[str, Any]) -> str:
+    """What each adapted module has; "m" is DoRA's magnitude."""
+    return "ABm" if config["use_dora"] else "AB"
 
 
 def parsed(name: str) -> tuple[str, str | None, str | None]:

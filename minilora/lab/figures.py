@@ -14,8 +14,10 @@ MARKS = "osD^vP"
 COLORS = (RED, BLUE, GREEN, PURPLE, ORANGE, BLACK)
 
 
-def canvas(width: float = 6.4, height: float = 4.0, panels: int = 1) -> tuple[Any, list]:
-    """A figure and its axes, without touching matplotlib's global state.
+def canvas(
+    width: float = 6.4, height: float = 4.0, panels: int = 1, rows: int = 1
+) -> tuple[Any, list]:
+    """A figure and its axes, `panels` in each row, without touching matplotlib's global state.
 
     At 640 pixels, as a README shows it, a point is 640 / (72 width) pixels: wide panels make
     small letters.
@@ -27,7 +29,7 @@ def canvas(width: float = 6.4, height: float = 4.0, panels: int = 1) -> tuple[An
     except ImportError as error:
         raise MiniloraError('figures need matplotlib: pip install "minilora[lab]"') from error
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False)[0]
+    axes = figure.subplots(rows, panels, squeeze=False).ravel()
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", color="0.9", linewidth=0.8)

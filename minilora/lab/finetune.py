@@ -15,6 +15,7 @@ from ..files.peft import WEIGHTS, save_adapter
 from ..files.peft_config import CONFIG
 from ..files.tokenizer import Tokenizer
 from ..lora.lora import adapt, warn_of_rank
+from ..lora.variants import dora
 from ..model.generate import generate
 from ..model.module import count, freeze
 from ..optim.adamw import AdamW
@@ -51,6 +52,7 @@ class FinetuneConfig:
     rank: int = 8
     alpha: float = 16.0
     rank_stabilized: bool = False
+    dora: bool = False  # does each adapter train the lengths of its rows too?
     targets: tuple[str, ...] = ("all-linear",)
     dropout: float = 0.0
     lr: float | None = None
@@ -122,6 +124,8 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> dict[str, Any]:
         base, config.targets, rank=config.rank, alpha=config.alpha, dropout=config.dropout,
         rank_stabilized=config.rank_stabilized, rng=np.random.default_rng([config.seed, 17]),
     )  # fmt: skip
+    if config.dora:
+        adapted = dora(adapted)
     warn_of_rank(adapted)
     loaded, _ = memory("VmHWM"), Peak()  # which begins to watch anew
     started = time.monotonic()

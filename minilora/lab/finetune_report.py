@@ -32,9 +32,9 @@ def finetune_report(record: dict[str, Any]) -> str:
     since = "" if steps["here"] == steps["taken"] else f", {steps['here']} of them after a stop"
     lines = [
         record["data"]["described"],
-        f"{config['method']} rank {config['rank']}, alpha {config['alpha']:g}, rate "
-        f"{config['lr']:g}: {record['trainable']:,} numbers train beside a base of "
-        f"{size(record['base_bytes'])}",
+        f"{config['method']}{' (DoRA)' * config['dora']} rank {config['rank']}, "
+        f"alpha {config['alpha']:g}, rate {config['lr']:g}: {record['trainable']:,} numbers train "
+        f"beside a base of {size(record['base_bytes'])}",
         f"{steps['taken']} of {steps['planned']} steps{since}, in "
         f"{record['seconds']['training']:.0f} s, "
         f"{record['tokens_per_second']:.0f} tokens/s (evaluations included); peak memory of the "
@@ -80,7 +80,7 @@ library_name: peft
 tags: [lora, minilora]
 ---
 
-# A LoRA adapter for {base}
+# A {"DoRA" if config["dora"] else "LoRA"} adapter for {base}
 
 Rank {config["rank"]}, alpha {config["alpha"]:g}{" (rank-stabilized)" * config["rank_stabilized"]} \
 on {targets}: {record["trainable"]:,} numbers. Trained by minilora {record["machine"]["minilora"]} \

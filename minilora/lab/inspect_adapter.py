@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..engine.errors import AdapterError
-from ..files.peft import BASE_DIGEST, WEIGHTS, decoded, parsed, read_weights
+from ..files.peft import BASE_DIGEST, WEIGHTS, decoded, letters_of, parsed, read_weights
 from ..files.peft_config import pattern_value, read_adapter_config
 from ..lora.lora import scale_of
 from .report import size, table
@@ -25,15 +25,18 @@ def inspect_adapter(directory: str | os.PathLike) -> dict[str, Any]:
     directory = Path(directory)
     config = read_adapter_config(directory)
     stored = read_weights(directory, config, allow_nonfinite=False)
+    letters = letters_of(config)
     pairs: dict[str, dict[str, str]] = {}
     for name in stored:
         module, letter, _ = parsed(name)
-        if letter is not None:
+        if letter is not None and letter in letters:
             pairs.setdefault(module, {})[letter] = name
     modules = []
     for module, pair in sorted(pairs.items()):
-        if set(pair) != {"A", "B"}:
+        if not {"A", "B"} <= set(pair):
             continue  # told as "odd" below
+        if len(pair) < len(letters):
+            raise AdapterError(f"{directory / WEIGHTS}: {module}: DoRA's magnitude is missing")
         A, B = (decoded(directory, stored, pair[x]).astype(np.float64) for x in "AB")
         r = pattern_value(config["rank_pattern"], module, config["r"])
         if A.ndim != 2 or B.ndim != 2 or not len(A) == B.shape[1] == r:
@@ -49,7 +52,7 @@ def inspect_adapter(directory: str | os.PathLike) -> dict[str, Any]:
             "norm": float(np.sqrt(np.square(values).sum())), "singular": values.tolist(),
             "effective_rank": effective_rank(values),
         })  # fmt: skip
-    paired = {pair[x] for pair in pairs.values() if len(pair) == 2 for x in "AB"}
+    paired = {name for pair in pairs.values() if {"A", "B"} <= set(pair) for name in pair.values()}
     return {
         "kind": "adapter",
         "directory": directory.name,
@@ -57,7 +60,8 @@ def inspect_adapter(directory: str | os.PathLike) -> dict[str, Any]:
         "base_sha256": stored.metadata.get(BASE_DIGEST),
         "verified": stored.verified,
         "settings": {k: config.get(k) for k in (
-            "r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern",
+            "r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "rank_pattern",
+            "alpha_pattern",
         )},
         "numbers": sum(int(np.prod(stored.entries[n].shape)) for n in paired),
         "bytes": (directory / WEIGHTS).stat().st_size,
@@ -98,7 +102,8 @@ def inspect_report(record: dict[str, Any]) -> str:
     lines = [
         f"{record['directory']}: {record['numbers']:,} numbers, {size(record['bytes'])}, "
         f"rank {settings['r']}, alpha {settings['lora_alpha']}"
-        + (", rank-stabilized" if settings["use_rslora"] else ""),
+        + (", rank-stabilized" if settings["use_rslora"] else "")
+        + (", DoRA: norms and spectra are of s B A alone" if settings["use_dora"] else ""),
         f"made for {record['base'] or 'a base that it does not name'}"
         + (f", embedding table sha256 {fingerprint[:12]}" if fingerprint else ", no fingerprint"),
         "every tensor matches its sha256" if record["verified"] else

@@ -92,10 +92,10 @@ def split(adapted: Any, start: Callable[..., tuple]) -> Any:
     for path, node in nodes.items():
         if type(node.base) is not Linear:
             kind = type(node.base).__name__
-            raise AdapterError(f"{path}: expected an adapter on a plain Linear, found a {kind}")
+            raise AdapterError(f"{at(path)}expected an adapter on a plain Linear, found a {kind}")
         if not node.scale > 0 or node.rank > min(node.base.shape):
             raise AdapterError(
-                f"{path}: expected s > 0 and a rank up to {min(node.base.shape)}, "
+                f"{at(path)}expected s > 0 and a rank up to {min(node.base.shape)}, "
                 f"found s = {node.scale:g} and rank {node.rank}"
             )
     made = {}
@@ -117,8 +117,13 @@ def plain_adapters(adapted: Any) -> dict[str, LoRALinear]:
         raise AdapterError("expected a model with adapters on its linears, found none: adapt it")
     for path, node in nodes.items():
         if type(node) is not LoRALinear:
-            raise AdapterError(f"{path}: expected plain LoRA, found a {type(node).__name__}")
+            raise AdapterError(f"{at(path)}expected plain LoRA, found a {type(node).__name__}")
     return nodes
+
+
+def at(path: str) -> str:
+    """What an error begins with; nothing where the tree is the adapter itself."""
+    return f"{path}: " if path else ""
 
 
 def learned(start: Any, trained: Any) -> Adapter:
@@ -197,7 +202,7 @@ def dora(adapted: Any) -> Any:
         n = row_lengths(node.A.data, node.B.data, base=node.base, scale=node.scale)
         if not (n > 0).all():
             row = int(n.argmin())
-            raise AdapterError(f"{path}: row {row} of the weight is zero: it has no direction")
+            raise AdapterError(f"{at(path)}row {row} of the weight is zero: it has no direction")
         lengths[path] = type(node.A)(n)
     return with_lengths(adapted, lengths)
 

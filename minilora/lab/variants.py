@@ -1,0 +1,231 @@
+"""Does it matter where an adapter starts, and what else trains?  PiSSA, LoftQ and DoRA on dates."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..engine.progress import progress
+from ..engine.rules import wide
+from ..lora.lora import LoRALinear, adapt
+from ..lora.variants import dora, loftq, pissa
+from ..model.layers import Linear
+from ..model.module import count, rebuild, walk
+from ..optim.adamw import AdamW
+from ..optim.schedule import schedule
+from ..quant.blockwise import quantize_array
+from ..quant.codes import Code, make
+from ..quant.linear import QuantizedLinear, quantize
+from ..train import dates
+from ..train.loop import evaluate, fit
+from ..train.tasks import get_task
+from .compare import at_edge, choose, closest, spread, versions
+from .figures import BLUE, COLORS, GREEN, MARKS, ORANGE, RED, canvas, save
+from .report import table
+
+
+@cache
+def two_bits() -> Code:
+    """-1, 0 and 1 times the largest weight of a block."""
+    return make("two bits", 4, [-1.0, 0.0, 1.0])
+
+
+def coarse(base: Linear) -> QuantizedLinear:
+    return QuantizedLinear(quantize_array(base.weight.data, two_bits(), 64), base.bias)
+
+
+def on_codes(adapted: Any, quantizer: Callable[[Linear], Any]) -> Any:
+    """The same adapters, B at zero, on a base in codes: QLoRA."""
+
+    def change(path: str, node: Any) -> Any:
+        if not isinstance(node, LoRALinear):
+            return node
+        return replace(node, base=quantizer(node.base))
+
+    return rebuild(adapted, change)
+
+
+ARMS: dict[str, Callable[[Any], Any]] = {  # adapted model -> where the arm starts
+    "LoRA": lambda adapted: adapted,
+    "PiSSA": pissa,
+    "DoRA": dora,
+    "QLoRA, 2 bits": partial(on_codes, quantizer=coarse),
+    "QPiSSA, 2 bits": partial(pissa, quantize=coarse),
+    "LoftQ, 2 bits": partial(loftq, quantize=coarse),
+    "LoftQ, 5 rounds, 2 bits": partial(loftq, quantize=coarse, rounds=5),
+}
+STARTS = {  # name: the start for a quantizer
+    "QLoRA": lambda adapted, quantizer: on_codes(adapted, quantizer),
+    "QPiSSA": pissa,
+    "LoftQ": loftq,
+    "LoftQ, 5 rounds": partial(loftq, rounds=5),
+}
+CODES = {"2 bits": coarse, "NF4": partial(quantize, double=False)}
+
+
+@dataclass(frozen=True)
+class VariantsConfig:
+    """Dates at a rank that leaves something to wish for; where the arms start, at several."""
+
+    seeds: int = 3
+    jobs: int = 2
+    rank: int = 2
+    ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+    every: int = 30
+
+
+def start_of(arm: str, rank: int, seed: int) -> Any:
+    """The model that an arm begins with."""
+    task = get_task("dates")
+    s, rng = task.settings, np.random.default_rng([seed, 17])
+    return ARMS[arm](adapt(task.base(), s.targets, rank=rank, alpha=s.alpha, rng=rng))
+
+
+def train_variant(
+    arm: str, lr: float, seed: int, rank: int = 2, every: int = 30, steps: int | None = None
+) -> dict[str, Any]:
+    """One run: what it scored, and its held-out loss on the way."""
+    task = get_task("dates")
+    s, data = task.settings, task.splits(seed)
+    steps = steps or s.steps
+    start = start_of(arm, rank, seed)
+    optimizer = AdamW(start, lr=lr, betas=s.betas, weight_decay=s.weight_decay)
+    curve = [[0, evaluate(start, task.loss, data.validation)]]
+    result = fit(
+        optimizer, task.loss, data.train, steps=steps, batch=s.batch, seed=seed, clip=s.clip,
+        schedule=schedule(s.schedule, steps, s.warmup), validation=data.validation, every=every,
+    )  # fmt: skip
+    curve += [[entry["step"], entry["val"]] for entry in result.history]
+    return {
+        "lr": lr,
+        "seed": seed,
+        "val_loss": min(loss for _, loss in curve[1:]),
+        "score": task.score(result.model, data.test),
+        "curve": curve,
+        "trainable": count(start, trainable=True),
+    }
+
+
+def starts(ranks: Sequence[int]) -> list[dict[str, Any]]:
+    """Before any training, by start, code and rank: how far the weights are from W0, in
+    √(Σ ‖W0 - base - s B A‖² / Σ ‖W0‖²) over the linears, and the loss on the dates that the
+    base was trained for."""
+    task, old = get_task("dates"), dates.splits(0, "iso").validation
+    base, rows = task.base(), []
+    weights = {path: wide(n.dense()) for path, n in walk(base) if isinstance(n, Linear)}
+    for name, start in STARTS.items():
+        for code, quantizer in CODES.items():
+            row = {"start": name, "code": code, "distance": [], "loss": []}
+            for rank in ranks:
+                rng = np.random.default_rng(0)
+                adapted = adapt(base, task.settings.targets, rank=rank, alpha=rank, rng=rng)
+                model = start(adapted, quantizer)
+                row["distance"].append(distance(model, weights))
+                row["loss"].append(evaluate(model, task.loss, old))
+            rows.append(row)
+    return rows
+
+
+def distance(model: Any, weights: dict[str, Any]) -> float:
+    gap = whole = 0.0
+    for path, node in walk(model):
+        if isinstance(node, LoRALinear):
+            now = wide(node.base.dense()) + node.scale * (node.B.data @ node.A.data)
+            gap += float(np.square(weights[path] - now).sum())
+            whole += float(np.square(weights[path]).sum())
+    return (gap / whole) ** 0.5
+
+
+def variants(config: VariantsConfig) -> dict[str, Any]:
+    """Each arm at its own best rate, as `compare` chooses it, over seeds; and the starts."""
+    tries = [(arm, lr, 0, config.rank, config.every) for arm in ARMS for lr in config.rates]
+    runs = list(progress(spread(train_variant, tries, config.jobs), total=len(tries)))
+    rows = []
+    for i, arm in enumerate(progress(list(ARMS), label="seeds")):
+        tried = runs[i * len(config.rates) : (i + 1) * len(config.rates)]
+        close, seeds = closest(arm, tried), range(1, config.seeds)
+        more = [
+            (arm, run["lr"], seed, config.rank, config.every) for run in close for seed in seeds
+        ]
+        rest = iter(list(spread(train_variant, more, config.jobs)))
+        found = choose(arm, [[run, *islice(rest, len(seeds))] for run in close])
+        lr = found[0]["lr"]
+        rows.append({
+            "arm": arm, "trainable": found[0]["trainable"], "lr": lr,
+            "lr_at_edge": at_edge(lr, [run["lr"] for run in tried]),
+            "rates": [{k: run[k] for k in ("lr", "val_loss", "score")} for run in tried],
+            "scores": [run["score"] for run in found],
+            "losses": [run["val_loss"] for run in found],
+            "curves": [run["curve"] for run in found],
+        })  # fmt: skip
+    return {
+        "kind": "variants", "config": asdict(config), "rows": rows,
+        "starts": starts(config.ranks), "versions": versions(),
+    }  # fmt: skip
+
+
+def variants_report(record: dict[str, Any]) -> str:
+    rank, ranks = record["config"]["rank"], record["config"]["ranks"]
+    rows = [
+        [f"r = {rank}", "trainable", "lr", "loss at start", "held-out loss", "exact", "by seed"]
+    ]
+    for row in record["rows"]:
+        rows.append([
+            row["arm"], f"{row['trainable']:,}", f"{row['lr']:g}{'*' if row['lr_at_edge'] else ''}",
+            f"{statistics.mean(curve[0][1] for curve in row['curves']):.3f}",
+            f"{statistics.mean(row['losses']):.3f}", f"{statistics.mean(row['scores']):.3f}",
+            " ".join(f"{s:.3f}" for s in row["scores"]),
+        ])  # fmt: skip
+    edge = any(row["lr_at_edge"] for row in record["rows"])
+    lines = [table(rows) + "\n* the lowest or the highest rate that was tried" * edge]
+    for key, title in (("distance", "‖W0 - base - s B A‖ / ‖W0‖"), ("loss", "loss, old dates")):
+        found = [[f"{title}, at the start", "code", *(f"r={r}" for r in ranks)]]
+        for row in record["starts"]:
+            found.append([row["start"], row["code"], *(f"{value:.3f}" for value in row[key])])
+        lines.append(table(found))
+    return "\n\n".join(lines)
+
+
+def variants_figure(record: dict[str, Any], path: str | Path) -> Path:
+    """What a start is worth, by rank, before any training; then the losses on the way."""
+    figure, (far, old, whole, low) = canvas(7.2, 6.6, panels=2, rows=2)
+    ranks = record["config"]["ranks"]
+    colors = dict(zip(STARTS, (BLUE, ORANGE, RED, GREEN), strict=True))
+    for ax, key, title in (
+        (far, "distance", "‖W0 - base - s B A‖ / ‖W0‖"),
+        (old, "loss", "loss on the old dates, nats"),
+    ):
+        for row in record["starts"]:
+            name, four = row["start"], row["code"] == "NF4"
+            ax.loglog(
+                ranks, row[key], "-" if four else "--", color=colors[name], marker="o", ms=4,
+                label=name if four and ax is far else None,
+            )  # fmt: skip
+        ax.set_xticks(ranks, [str(rank) for rank in ranks])
+        ax.minorticks_off()
+        ax.set_xlabel("rank r")
+        ax.set_title(f"at the start (dashed: 2 bits):\n{title}", loc="left", fontsize=9)
+    for i, row in enumerate(record["rows"]):
+        ax = low if "bits" in row["arm"] else whole
+        curves = np.array(row["curves"])
+        style = {"color": COLORS[i % len(COLORS)], "ms": 4}
+        if name := next((n for n in STARTS if row["arm"] == f"{n}, 2 bits"), None):
+            style["color"] = colors[name]
+        label = f"{row['arm'].replace(', 2 bits', '')}, lr {row['lr']:g}"
+        ax.semilogy(
+            curves[0, :, 0], curves[:, :, 1].mean(axis=0), marker=MARKS[i % len(MARKS)],
+            label=label, **style,
+        )  # fmt: skip
+    for ax, title in ((whole, "base in 32 bits"), (low, "base in 2 bits")):
+        head = f"r = {record['config']['rank']}, {title}:\nheld-out loss, nats (mean of seeds)"
+        ax.set_title(head, loc="left", fontsize=9)
+        ax.set_xlabel("step")
+        ax.legend(frameon=False, fontsize=8)
+    far.legend(frameon=False, fontsize=8, loc="center left")
+    return save(figure, path)
