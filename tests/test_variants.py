@@ -25,6 +25,7 @@ from minilora import (
     to_device,
     walk,
 )
+from minilora.engine.bf16 import BFLOAT16
 from minilora.engine.errors import AdapterError
 from minilora.engine.fused import linear
 from minilora.engine.tensor import matmul
@@ -43,6 +44,7 @@ from minilora.lora.variants import (
     row_lengths,
 )
 from minilora.model.layers import Linear
+from minilora.quant.bf16 import to_bf16
 from minilora.quant.linear import QuantizedLinear, merge_quantized, quantize
 
 SIZES = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 6), st.integers(1, 80))
@@ -282,6 +284,18 @@ def test_a_merged_model_is_the_model(device, dev, name):
         assert set(errors) == {p for p, n in walk(four) if isinstance(n, DoRALinear)}
         if way == "dequantized":
             assert np.abs(scores(whole) - scores(four)).max() <= 1e-4
+
+
+def test_in_bfloat16_what_the_adapter_holds_stays_float32(device, dev):
+    ids = dev(np.arange(24).reshape(2, 12) * 13 % 320)
+    tree = freeze(dora_of(model_on(device, "llama biased")))
+    half = to_bf16(tree)
+    for _, node in walk(half):
+        if isinstance(node, DoRALinear):
+            assert {t.dtype for t in (node.A, node.B, node.magnitude)} == {np.dtype(np.float32)}
+            assert node.base.weight.dtype == BFLOAT16
+    exact, found = logits(tree, ids), logits(half, ids)
+    assert 0 < np.linalg.norm(found - exact) <= 0.03 * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

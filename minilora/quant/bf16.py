@@ -9,7 +9,7 @@ from ..engine.rounding import in_two_bytes
 from ..engine.tensor import Tensor
 from ..lora.lora import is_adapter
 from ..model.layers import LayerNorm, RMSNorm
-from ..model.module import parameters, rebuild, tensors, walk
+from ..model.module import children, parameters, rebuild, tensors, walk
 from .linear import QuantizedLinear
 
 
@@ -29,7 +29,7 @@ def to_bf16(model: Any) -> Any:
         if isinstance(node, (LayerNorm, RMSNorm)):
             kept |= set(map(id, tensors(node).values()))
         elif is_adapter(node):
-            kept |= {id(node.A), id(node.B)}
+            kept |= {id(part) for _, part in children(node) if isinstance(part, Tensor)}
         elif isinstance(node, QuantizedLinear):
             codes.add(id(node.weight))
 
