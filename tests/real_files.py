@@ -12,13 +12,14 @@ import numpy as np
 
 from minilora import adapt, cli
 from minilora.engine.attention import RopeScaling
-from minilora.engine.backend import to_device
+from minilora.engine.backend import device_of, to_device
 from minilora.engine.errors import MiniloraError
 from minilora.engine.tensor import Parameter, Tensor
 from minilora.files.chat import CHATML
 from minilora.files.huggingface import save_huggingface
 from minilora.files.tokenizer import Tokenizer, train_tokenizer
 from minilora.files.trees import DATA
+from minilora.lora.variants import dora
 from minilora.model.module import freeze, rebuild
 from minilora.model.transformer import TransformerConfig, init_transformer
 
@@ -61,6 +62,19 @@ def adapted_of(model, seed=1, targets="all-linear", rank=3, alpha=5.0, **options
         return node
 
     return rebuild(adapted, filled)
+
+
+def dora_of(model, **options):
+    """A DoRA model with nothing at its start."""
+    adapted, rng = dora(adapted_of(model, **options)), np.random.default_rng(4)
+
+    def shaken(path, node):
+        if path.endswith(".magnitude"):
+            change = rng.uniform(0.8, 1.2, node.shape).astype(np.float32)
+            return Parameter(node.data * to_device(change, device_of(node.data)))
+        return node
+
+    return rebuild(adapted, shaken)
 
 
 def logits(model, ids=None):
