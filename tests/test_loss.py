@@ -81,8 +81,13 @@ def test_a_target_outside_the_vocabulary_is_named(wrong, device):
     if device != "cpu":
         pytest.skip("a device would have to wait for the answer")
     x, W = np.ones((2, 4), np.float32), np.ones((5, 4), np.float32)
+    targets = np.array([0, wrong])
     with pytest.raises(NumericsError, match=rf"0\.\.4.* found {wrong}"):
-        head_cross_entropy(x, W, targets=np.array([0, wrong]))
+        head_cross_entropy(x, W, targets=targets)
+    for loss in (lambda: head_cross_entropy(x, W, targets=targets),
+                 lambda: cross_entropy(x @ W.T, targets=targets)):  # fmt: skip
+        with reference_rules(), pytest.raises(NumericsError, match=rf"0\.\.4.* found {wrong}"):
+            loss()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Cross-entropy over tokens: a sum, never a mean, so that micro-batches add up."""
 
-from .errors import MiniloraError
+from .backend import device_of
+from .errors import MiniloraError, NumericsError
 from .fused import expect_width, rows
 from .graph import together
 from .ops import softmax_parts
@@ -17,7 +18,7 @@ def cross_entropy(xp, logits, *, targets, ignore_index=IGNORE):
     of scored tokens where a mean is wanted: `scored(targets)`.
     """
     shape = logits.shape
-    expect_targets("cross_entropy", targets, shape[:-1])
+    expect_targets("cross_entropy", targets, shape[:-1], shape[-1], ignore_index)
     z, targets = rows(logits), targets.reshape(-1)
     losses, dz = token_losses(xp, z, targets, ignore_index)
     return losses.sum(), (lambda g: (g * dz).reshape(shape),)
@@ -33,7 +34,7 @@ def head_cross_entropy(xp, x, W, *, targets, ignore_index=IGNORE, chunk=256, wan
     dW are formed on the way out, while a chunk's logits are at hand.
     """
     expect_width("head_cross_entropy", x, W)
-    expect_targets("head_cross_entropy", targets, x.shape[:-1])
+    expect_targets("head_cross_entropy", targets, x.shape[:-1], W.shape[0], ignore_index)
     shape = x.shape
     x, targets = rows(x), targets.reshape(-1)
     total = xp.zeros((), x.dtype)
@@ -68,11 +69,24 @@ def token_losses(xp, z, targets, ignore_index):
     return losses, p * scored[:, None]
 
 
-def expect_targets(name, targets, shape):
+def expect_targets(name, targets, shape, V, ignore_index):
+    """One whole number a token; on the host, a class or `ignore_index` (to see it on a card would
+    be to wait)."""
     if targets.dtype.kind not in "iu" or targets.shape != shape:
         raise MiniloraError(
             f"{name}: expected whole-number targets of shape {shape}, "
             f"found {targets.dtype} {targets.shape}"
+        )
+    if device_of(targets) == "cpu":
+        expect_classes(targets, V, ignore_index)
+
+
+def expect_classes(targets, V, ignore_index):
+    """Refuse what is neither a class nor ignored: -1 would be the last class."""
+    wrong = (targets != ignore_index) & ((targets < 0) | (targets >= V))
+    if wrong.any():
+        raise NumericsError(
+            f"targets: expected 0..{V - 1} or {ignore_index}, found {targets[wrong][0]}"
         )
 
 

@@ -25,7 +25,7 @@ from ..engine.fused import (
     swiglu,
 )
 from ..engine.graph import together
-from ..engine.loss import head_cross_entropy
+from ..engine.loss import expect_classes, head_cross_entropy
 from ..engine.rules import wide
 from ..engine.tensor import swap
 from ..lora.variants import row_lengths
@@ -355,9 +355,7 @@ def _(xp, x, W, *, targets, ignore_index=-100, chunk=256, wants):
     targets = targets.reshape(-1)
     token = np.flatnonzero(targets != ignore_index)
     targets = targets[token]
-    if len(token) and not (targets.min() >= 0 and targets.max() < V):
-        bad = targets[(targets < 0) | (targets >= V)][0]
-        raise NumericsError(f"targets: expected 0..{V - 1} or {ignore_index}, found {bad}")
+    expect_classes(targets, V, ignore_index)
     everything = len(token) == math.prod(shape[:-1])
     x = rows(x) if everything else rows(x)[token]
     total = np.zeros((), x.dtype)
