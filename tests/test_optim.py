@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import SGD, AdamW, MiniloraError, Parameter, Tensor, module, schedule, to_device
+from minilora.engine.bf16 import BFLOAT16
 from minilora.engine.errors import CheckpointError
 from minilora.engine.rules import reference_rules
+from minilora.model.module import cast
 from minilora.optim.adam8bit import AdamW8bit
 from minilora.optim.adamw import adamw_update
 from minilora.optim.flat import CALLS, FACTOR, LR, NORM, STEP, Flat, Group, lora_plus, measure
@@ -190,7 +192,15 @@ def test_groups_of_no_meaning_are_refused(factor):
         (lambda: AdamW(Tensor(np.ones(2))), "expected Parameters in the model, found none"),
         (lambda: AdamW(drawn(), lr=-1), "lr: expected"),
         (lambda: AdamW(drawn(), lr=math.nan), "lr: expected"),
+        (lambda: AdamW(drawn(), lr=math.inf), "lr: expected a finite number >= 0, found inf"),
         (lambda: AdamW(drawn(), betas=(0.9, 1.0)), "betas"),
+        (lambda: AdamW(drawn(), betas=0.9), "betas: expected two numbers .* found 0.9"),
+        (lambda: AdamW(drawn(), eps=math.nan), "eps: expected a finite number >= 0, found nan"),
+        (lambda: AdamW(drawn(), weight_decay=-1), "weight_decay: expected .* found -1"),
+        (lambda: SGD(drawn(), momentum="a"), "momentum: expected .* found a"),
+        (lambda: AdamW(cast(drawn(), BFLOAT16)), "float32 or float64, found bfloat16"),
+        (lambda: schedule("linear", -5), "schedule: steps: expected .* found -5"),
+        (lambda: schedule("linear", 5, "a"), "0 <= warmup <= 1, found 'linear' and a"),
         (
             lambda: AdamW((Parameter(np.ones(2)), Parameter(np.ones(2, np.float32)))),
             "one dtype and device",
@@ -200,6 +210,24 @@ def test_groups_of_no_meaning_are_refused(factor):
 def test_what_an_optimizer_refuses(make, message):
     with pytest.raises(MiniloraError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"clip": -1.0}, "clip: expected a number > 0, found -1.0"),  # would climb
+        ({"clip": math.nan}, "clip: expected a number > 0, found nan"),
+        ({"divide_by": 0}, "divide_by: expected a number > 0, found 0"),
+    ],
+)
+def test_a_step_out_of_range_is_not_made(options, message, device, dev, host):
+    optimizer = AdamW(drawn(device))
+    push(optimizer, drawn_gradients(optimizer, np.random.default_rng(0)), dev)
+    before = host(optimizer.flat.data).copy()
+    with pytest.raises(MiniloraError, match=message):
+        optimizer.step(**options)
+    assert host(optimizer.flat.data).tobytes() == before.tobytes()
+    assert host(optimizer.control)[[STEP, CALLS]].tolist() == [0, 0]
 
 
 def test_a_gradient_for_another_tree_is_refused(device, dev):

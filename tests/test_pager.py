@@ -336,6 +336,9 @@ def test_a_short_read_is_no_page(monkeypatch):
     "options, message",
     [
         ({"page": 0}, "page: expected"),
+        ({"page": 2.5}, "page: expected a whole number >= 1, found 2.5"),
+        ({"budget": 1e9}, "budget: expected a whole number >= 0, found 1000000000.0"),
+        ({"ahead": 1.5}, "ahead: expected a whole number >= 0, found 1.5"),
         ({"page": 16, "budget": 100}, "at least one page of 128 bytes, found 100"),
         ({"betas": (0.9, 1.0)}, r"betas: expected two numbers in \[0, 1\), found \(0.9, 1.0\)"),
         ({"pages": "tape"}, "simulated, file, cuda; found 'tape'"),

@@ -1,5 +1,6 @@
 """Every refusal is one family, and says what was expected and what was found."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,22 @@ def expect_whole(name: str, value: Any, least: int) -> None:
     """Refuse what is no whole number, or one below `least`, in the words of all refusals."""
     if not is_whole(value) or value < least:
         raise MiniloraError(f"{name}: expected a whole number >= {least}, found {value}")
+
+
+def is_number(value: Any) -> bool:
+    return is_whole(value) or isinstance(value, (float, np.floating))
+
+
+def expect_number(name: str, value: Any) -> None:
+    """Refuse what is no finite number >= 0."""
+    if not is_number(value) or not 0 <= value < math.inf:
+        raise MiniloraError(f"{name}: expected a finite number >= 0, found {value}")
+
+
+def expect_positive(name: str, value: Any) -> None:
+    """Refuse what is no number > 0; infinity is one."""
+    if not is_number(value) or not value > 0:
+        raise MiniloraError(f"{name}: expected a number > 0, found {value}")
 
 
 class FormatError(MiniloraError):

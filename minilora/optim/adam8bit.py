@@ -11,7 +11,7 @@ from ..engine.rules import rule
 from ..model.module import to_device
 from ..quant.codes import Code
 from ..quant.codes import code as code_named
-from .flat import FACTOR, LR, NORM, STEP, Flat, Group, Grouping, Stepper, by_shape, expect_betas
+from .flat import FACTOR, LR, NORM, STEP, Flat, Group, Grouping, Stepper, by_shape
 
 BLOCK = 256
 SMALL = 4096  # a parameter of fewer entries keeps float32 moments, as in bitsandbytes
@@ -116,11 +116,10 @@ class AdamW8bit(Stepper):
         weight_decay: float = 0.01,
         groups: Grouping = by_shape,
     ):
-        super().__init__(model, lr, groups)
+        super().__init__(model, lr, groups, betas=betas, eps=eps, weight_decay=weight_decay)
         flat = self.flat
         if flat.data.dtype != np.float32:
             raise MiniloraError(f"AdamW8bit: expected float32 parameters, found {flat.data.dtype}")
-        expect_betas(betas)
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         xp = xp_of(flat.data)
         device = device_of(flat.data)

@@ -4,7 +4,7 @@ from typing import Any
 
 from ..engine.backend import xp_of
 from ..engine.rules import rule
-from .flat import FACTOR, LR, NORM, STEP, Grouping, Stepper, by_shape, expect_betas
+from .flat import FACTOR, LR, NORM, STEP, Grouping, Stepper, by_shape
 
 
 @rule
@@ -53,7 +53,7 @@ class SGD(Stepper):
         weight_decay: float = 0.0,
         groups: Grouping = by_shape,
     ):
-        super().__init__(model, lr, groups)
+        super().__init__(model, lr, groups, momentum=momentum, weight_decay=weight_decay)
         self.mu, self.weight_decay = momentum, weight_decay
         self.momentum = xp_of(self.flat.data).zeros_like(self.flat.data)
 
@@ -88,8 +88,7 @@ class AdamW(Stepper):
         weight_decay: float = 0.01,
         groups: Grouping = by_shape,
     ):
-        super().__init__(model, lr, groups)
-        expect_betas(betas)
+        super().__init__(model, lr, groups, betas=betas, eps=eps, weight_decay=weight_decay)
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         xp, shape, dtype = xp_of(self.flat.data), self.flat.data.shape, self.flat.data.dtype
         # Not zeros_like, which writes: pages that nobody touched are nowhere in memory yet, nor

@@ -5,7 +5,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..engine.backend import device_of, to_device, to_numpy, xp_of
-from ..engine.errors import CheckpointError, MiniloraError
+from ..engine.bf16 import BFLOAT16
+from ..engine.errors import (
+    CheckpointError,
+    MiniloraError,
+    expect_number,
+    expect_positive,
+    is_number,
+)
 from ..engine.rules import rule
 from ..engine.tensor import Parameter
 from ..model.module import parameters, rebuild
@@ -41,8 +48,8 @@ class Flat:
 
     `model` is the tree whose Parameters are views of `data`; `gradients` maps them to views
     of `grad`.  Parameters of one Group lie side by side: `parts` lists the stretches.
-    Errors: `MiniloraError` if nothing trains, if dtypes or devices differ, or if a group's
-    factor is negative or not finite.
+    Errors: `MiniloraError` if nothing trains, if dtypes or devices differ, for Parameters in
+    bfloat16, or if a group's factor is negative or not finite.
     """
 
     def __init__(self, model: Any, groups: Grouping = by_shape):
@@ -52,7 +59,11 @@ class Flat:
         kinds = {(xp_of(p.data).__name__, p.dtype.name) for p in named.values()}
         if len(kinds) > 1:
             raise MiniloraError(f"optimizer: expected one dtype and device, found {sorted(kinds)}")
-        group = {path: groups(path, parameter) for path, parameter in named.items()}
+        if BFLOAT16 in [p.dtype for p in named.values()]:  # an update would be rounded away
+            raise MiniloraError(
+                "optimizer: expected Parameters in float32 or float64, found bfloat16"
+            )
+        group = {path: Group(*groups(path, parameter)) for path, parameter in named.items()}
         for path, factors in group.items():
             if not all(0 <= factor < math.inf for factor in factors):
                 raise MiniloraError(
@@ -149,17 +160,22 @@ def measure(xp, grad, control, *, divide_by, clip):
     control[BAD_INDEX] = xp.where(first, index.astype(xp.float64), control[BAD_INDEX])
 
 
-def expect_betas(betas: tuple[float, float]) -> None:
-    if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1):
+def expect_betas(name: str, betas: Any) -> None:
+    pair = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(map(is_number, betas))
+    if not (pair and 0 <= betas[0] < 1 and 0 <= betas[1] < 1):
         raise MiniloraError(f"betas: expected two numbers in [0, 1), found {betas}")
 
 
 class Stepper:
-    """What every optimizer shares: the flat buffers, the control numbers, the bad-step record."""
+    """What every optimizer shares: the flat buffers, the control numbers, the bad-step record.
 
-    def __init__(self, model: Any, lr: float, groups: Grouping):
-        if not lr >= 0:
-            raise MiniloraError(f"lr: expected a number >= 0, found {lr}")
+    `settings` is what else its steps depend on, by name: a resumed run must have the same.
+    """
+
+    def __init__(self, model: Any, lr: float, groups: Grouping, **settings: Any):
+        for name, value in {"lr": lr, **settings}.items():
+            (expect_betas if name == "betas" else expect_number)(name, value)
+        self.settings = settings
         self.flat = Flat(model, groups)
         self.control = xp_of(self.flat.data).zeros(CONTROL)
         self.control[LR] = lr
@@ -179,6 +195,10 @@ class Stepper:
         self.control[LR] = lr
 
     def measure(self, divide_by: float, clip: float | None) -> None:
+        """Errors: `MiniloraError` for a divisor or a norm that is not > 0; the step is not made."""
+        expect_positive("divide_by", float(divide_by))
+        if clip is not None:
+            expect_positive("clip", clip)
         measure(self.flat.grad, self.control, divide_by=float(divide_by), clip=clip)
 
     def count_step(self) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from ..engine.backend import xp_of
-from ..engine.errors import MiniloraError
+from ..engine.errors import MiniloraError, expect_whole
 from .adamw import adamw_update
-from .flat import Grouping, Stepper, by_shape, copy_in, expect_betas
+from .flat import Grouping, Stepper, by_shape, copy_in
 from .page_devices import page_device
 from .pager import Pager
 
@@ -40,12 +40,12 @@ class PagedAdamW(Stepper):
         policy: str = "next-use",
         ahead: int = 1,
     ):
-        super().__init__(model, lr, groups)
-        expect_betas(betas)
+        super().__init__(model, lr, groups, betas=betas, eps=eps, weight_decay=weight_decay)
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         data = self.flat.data
-        if page < 1:
-            raise MiniloraError(f"page: expected a whole number >= 1, found {page}")
+        expect_whole("page", page, 1)
+        if budget is not None:
+            expect_whole("budget", budget, 0)
         self.page = min(page, data.size)
         count = -(-data.size // self.page)
         self.page_bytes = 2 * self.page * data.dtype.itemsize

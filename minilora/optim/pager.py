@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from ..engine.errors import CheckpointError, MiniloraError
+from ..engine.errors import CheckpointError, MiniloraError, expect_whole
 
 POLICIES = ("next-use", "lru")
 
@@ -80,10 +80,8 @@ class Pager:
     ):
         if policy not in POLICIES:
             raise MiniloraError(f"policy: expected one of {', '.join(POLICIES)}; found {policy!r}")
-        if pages < 1 or slots < 1 or ahead < 0:
-            raise MiniloraError(
-                f"pager: expected pages, slots >= 1 and ahead >= 0; found {pages}, {slots}, {ahead}"
-            )
+        for name, value, least in (("pages", pages, 1), ("slots", slots, 1), ("ahead", ahead, 0)):
+            expect_whole(f"pager: {name}", value, least)
         self.device, self.pages, self.policy, self.ahead = device, pages, policy, ahead
         self.resident: dict[int, Resident] = {}
         self.free: dict[int, Any] = {}  # slot: event after which it may be overwritten

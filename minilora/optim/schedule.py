@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from ..engine.errors import MiniloraError
+from ..engine.errors import MiniloraError, expect_whole, is_number
 
 SHAPES = ("constant", "linear", "cosine")
 
@@ -13,8 +13,10 @@ def schedule(shape: str, steps: int, warmup: float = 0.0) -> Callable[[int], flo
 
     The factor climbs linearly over the first `warmup` share of the steps, then stays at 1
     ("constant"), or falls to 0 at the end along a line ("linear") or half a cosine ("cosine").
+    Errors: `MiniloraError` for another shape, or steps or a share out of range.
     """
-    if shape not in SHAPES or not 0 <= warmup <= 1:
+    expect_whole("schedule: steps", steps, 0)
+    if shape not in SHAPES or not is_number(warmup) or not 0 <= warmup <= 1:
         raise MiniloraError(
             f"schedule: expected a shape of {SHAPES} and 0 <= warmup <= 1, "
             f"found {shape!r} and {warmup}"
