@@ -22,6 +22,7 @@ from minilora.engine.errors import CheckpointError, MiniloraError
 from minilora.files import atomic, safetensors
 from minilora.model.module import to_device
 from minilora.optim.adam8bit import AdamW8bit
+from minilora.optim.flat import lora_plus
 from minilora.quant.linear import quantize
 from minilora.train.checkpoint import KEEP, Checkpoints, State
 
@@ -223,6 +224,54 @@ def test_other_frozen_weights_and_other_held_out_data(tmp_path, device, form):
             resumed(**changed)
 
 
+def test_other_settings_of_the_optimizer_are_another_run(tmp_path, device):
+    def resumed(**changes):
+        model = adapted_of(to_device(model_of("llama"), device))
+        return fit(AdamW(model, **changes), loss, data(), steps=2, batch=4, every=1,
+                   checkpoints=Checkpoints(tmp_path), resume=True)  # fmt: skip
+
+    first = resumed()
+    assert resumed().history == first.history
+    for changes, name in (
+        ({"betas": (0.9, 0.99)}, "settings"), ({"weight_decay": 0.5}, "settings"),
+        ({"groups": lora_plus(4.0)}, "groups"),
+    ):  # fmt: skip
+        with pytest.raises(CheckpointError, match=f"another run .{name}: saved"):
+            resumed(**changes)
+
+
+def test_numbers_of_numpy_and_tuples_are_resumed(tmp_path, device):
+    """JSON holds neither: a save failed at the first, and a resumed run was another's."""
+
+    def once(resume):
+        return fit(optimizer(device), loss, data(), steps=np.int64(4), batch=np.int32(4), every=2,
+                   clip=np.float32(0.5), schedule=lambda step: np.float32(0.5), resume=resume,
+                   checkpoints=Checkpoints(tmp_path, {"targets": ("up", "down")}))  # fmt: skip
+
+    assert once(False).history == once(True).history
+    with pytest.raises(CheckpointError, match="expected JSON, found another value"):
+        fit(optimizer(device), loss, data(), steps=2, batch=4,
+            checkpoints=Checkpoints(tmp_path / "c", {"a": object()}))  # fmt: skip
+
+
+def test_half_a_state_changes_nothing(tmp_path, device, host):
+    run(device, tmp_path, stop_after=4)
+    place = Checkpoints(tmp_path)
+    whole = place.latest()
+    kept = {n: a for n, a in whole.arrays.items() if not n.startswith("optimizer.m.")}
+    place.save(State(whole.step, kept, whole.notes))
+    o = optimizer(device)
+    before = host(o.flat.data).copy()
+    settings = {k: v for k, v in whole.notes["run"].items() if k in (
+        "steps", "batch", "seed", "clip", "every")}  # fmt: skip
+    with pytest.raises(CheckpointError, match="optimizer state: saved and present"):
+        fit(o, loss, data(), checkpoints=place, resume=True, **settings)
+    assert host(o.flat.data).tobytes() == before.tobytes()
+    place.save(State(whole.step, whole.arrays, {}))
+    with pytest.raises(CheckpointError, match="belongs to another run"):
+        fit(o, loss, data(), checkpoints=place, resume=True, **settings)
+
+
 def test_an_old_run_is_not_overwritten_unasked(tmp_path, device):
     run(device, tmp_path / "c", stop_after=3)
     with pytest.raises(CheckpointError, match="holds checkpoints of a run; resume it, or remove"):
@@ -230,9 +279,12 @@ def test_an_old_run_is_not_overwritten_unasked(tmp_path, device):
 
 
 def test_a_place_that_cannot_be_written(tmp_path, device):
+    """It is said before the first step."""
     (tmp_path / "file").write_text("x")
-    with pytest.raises(CheckpointError, match="cannot be made"):
-        run(device, tmp_path / "file" / "c")
+    for place in (tmp_path / "file" / "c", tmp_path / "file"):
+        with pytest.raises(CheckpointError, match="cannot be made"):
+            fit(optimizer(device), lambda *a: pytest.fail("a step was made"), data(), steps=1,
+                batch=4, checkpoints=Checkpoints(place))  # fmt: skip
 
 
 # ------------------------------------------------------------------ kills

@@ -214,6 +214,39 @@ def test_a_run_that_broke_leaves_no_gradient_to_the_next(shards, device, host):
     assert host(broken.flat.data).tobytes() == host(whole.flat.data).tobytes()
 
 
+def test_a_run_that_broke_gives_the_learning_rate_back(device):
+    def breaking(model, batch, rng):
+        if step_and_part(rng)[0] == 3:
+            raise KeyboardInterrupt
+        return loss(model, batch, rng)
+
+    o = optimizer(device, lr=0.1)
+    with pytest.raises(KeyboardInterrupt):
+        fit(o, breaking, data(), steps=4, batch=8, schedule=schedule("linear", 4))
+    assert o.control[0] == 0.1
+
+
+def test_a_bad_gradient_is_that_of_its_own_run(device):
+    """Steps are those of the run, and the next one begins without it."""
+
+    def spoiled(model, batch, rng):
+        value = loss(model, batch, rng)
+        bad = rng is not None and step_and_part(rng)[0] == 2
+        return value + poison(model.blocks[0].mlp.up.B).sum() * 0.0 if bad else value
+
+    o = optimizer(device)
+    fit(o, loss, data(), steps=3, batch=8)
+    with pytest.raises(NumericsError, match="step 2: the gradient of"):
+        fit(o, spoiled, data(), steps=3, batch=8)
+    assert fit(o, loss, data(), steps=3, batch=8).steps == 3
+
+
+def test_a_bad_validation_loss_names_its_step(device):
+    bad = lambda model, batch, rng: loss(model, batch, rng) * (float("nan") if rng is None else 1.0)
+    with pytest.raises(NumericsError, match="step 2: the validation loss is nan"):
+        fit(optimizer(device), bad, data(), steps=4, batch=8, every=2, validation=data(seed=1))
+
+
 @op
 def poison(xp, x):
     return x * 1.0, (lambda g: g * float("nan"),)
@@ -260,14 +293,17 @@ def test_options_of_no_meaning_are_refused(option, device):
 
 
 @pytest.mark.parametrize("option", [
-    {"clip": -1.0}, {"clip": 0.0}, {"clip": float("nan")}, {"patience": 0}, {"eval_batch": -1},
-    {"eval_batch": 0}, {"seed": -1}, {"batch": 2.0},
+    {"clip": -1.0}, {"clip": 0.0}, {"clip": float("nan")}, {"clip": "1"}, {"patience": 0},
+    {"eval_batch": -1}, {"eval_batch": 0}, {"seed": -1}, {"batch": 2.0},
 ])  # fmt: skip
 def test_options_that_would_train_otherwise_are_refused(option, device):
-    (name,) = option
-    with pytest.raises(MiniloraError, match=f"{name.removeprefix('eval_')}: expected a"):
-        fit(optimizer(device), loss, data(), validation=data(seed=1), steps=2,
-            **({"batch": 4} | option))  # fmt: skip
+    (name,), called = option, []
+    with pytest.raises(MiniloraError, match=f"{name}: expected a"):
+        fit(optimizer(device), lambda *a: called.append(a) or loss(*a), data(), steps=2,
+            validation=data(seed=1), **({"batch": 4} | option))  # fmt: skip
+    assert not called
+    with pytest.raises(MiniloraError, match="resume: expected checkpoints"):
+        fit(optimizer(device), loss, data(), steps=2, batch=4, resume=True)
     with pytest.raises(MiniloraError, match="patience: expected validation data"):
         fit(optimizer(device), loss, data(), steps=2, batch=4, patience=1)
 

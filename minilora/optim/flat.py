@@ -116,11 +116,8 @@ class Flat:
         copy_in(self.cut(flat), saved, what)
 
 
-def copy_in(present: dict[str, Any], saved: dict[str, Any], what: str) -> None:
-    """Write saved arrays over those of the same names.
-
-    Errors: `CheckpointError` on any mismatch, before anything is written.
-    """
+def expect_alike(present: dict[str, Any], saved: dict[str, Any], what: str) -> None:
+    """Errors: `CheckpointError` unless the names, shapes and dtypes are the same."""
     if saved.keys() != present.keys():
         odd = ", ".join(sorted(saved.keys() ^ present.keys()))
         raise CheckpointError(f"{what}: saved and present arrays differ: {odd}")
@@ -130,6 +127,14 @@ def copy_in(present: dict[str, Any], saved: dict[str, Any], what: str) -> None:
                 f"{what}: expected {array.dtype} {array.shape} for {name}, "
                 f"found {saved[name].dtype} {saved[name].shape}"
             )
+
+
+def copy_in(present: dict[str, Any], saved: dict[str, Any], what: str) -> None:
+    """Write saved arrays over those of the same names.
+
+    Errors: `CheckpointError` on any mismatch, before anything is written.
+    """
+    expect_alike(present, saved, what)
     for name, array in present.items():
         array[...] = to_device(saved[name], device_of(array))
 
@@ -199,6 +204,7 @@ class Stepper:
         expect_positive("divide_by", float(divide_by))
         if clip is not None:
             expect_positive("clip", clip)
+            clip = float(clip)  # a NumPy number would not meet a card's arrays
         measure(self.flat.grad, self.control, divide_by=float(divide_by), clip=clip)
 
     def count_step(self) -> None:
@@ -229,6 +235,11 @@ class Stepper:
         """
         copy_in(self.arrays(), state, "optimizer state")
 
+    def forget_bad(self) -> None:
+        """Count the calls of `step` from here on, for `first_bad`."""
+        for entry in (CALLS, BAD_CALL, BAD_INDEX):
+            self.control[entry] = 0
+
     def norm(self) -> float:
         """The gradient norm of the last step, before clipping (waits for the device)."""
         return float(self.control[NORM])
@@ -236,7 +247,8 @@ class Stepper:
     def first_bad(self) -> tuple[int, str] | None:
         """(call of `step`, path) of the first gradient that was not finite, if there was one.
 
-        That step and any like it wrote nothing.  Waits for the device.
+        Calls are counted from the start of a `fit`.  That step and any like it wrote nothing.
+        Waits for the device.
         """
         call = int(self.control[BAD_CALL])
         return (call, self.flat.name_at(int(self.control[BAD_INDEX]))) if call else None

@@ -24,6 +24,7 @@ from ..engine.tensor import Tensor
 from ..files import safetensors
 from ..files.atomic import clear_stale
 from ..model.module import walk
+from ..optim.flat import expect_alike
 from .data import Data
 
 KEEP = 2
@@ -50,6 +51,13 @@ class Checkpoints:
     def __init__(self, directory: str | os.PathLike, about: Mapping[str, Any] | None = None):
         self.directory, self.about = Path(directory), dict(about or {})
 
+    def make_place(self) -> None:
+        """Errors: `CheckpointError` where the directory cannot be made."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{self.directory}: cannot be made ({error})") from error
+
     def paths(self) -> list[Path]:
         """What is there, oldest first."""
         if not self.directory.is_dir():
@@ -61,10 +69,7 @@ class Checkpoints:
         text = json.dumps(state.notes, sort_keys=True)
         notes = {STATE: text, STATE_DIGEST: hashlib.sha256(text.encode()).hexdigest()}
         path = self.directory / f"step-{state.step:09d}.safetensors"
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"{self.directory}: cannot be made ({error})") from error
+        self.make_place()
         safetensors.write(path, state.arrays, notes)
         clear_stale(self.directory, FORM)  # of steps at which this run saves no more
         for old in self.paths()[:-KEEP]:
@@ -151,21 +156,36 @@ def reinstate(
     state: State, optimizer: Any, tally: Tally, result: Fit, run: dict[str, Any], where: Any
 ) -> None:
     """The inverse of `snapshot`, in place.  Errors: `CheckpointError` for another run's state."""
-    expect_same_run(run, state.notes["run"], where)
+    expect_same_run(run, state.notes.get("run", {}), where)
     device = device_of(optimizer.flat.data)
     arrays = {name: to_device(array, device) for name, array in state.arrays.items()}
 
     def under(prefix: str) -> dict[str, Any]:
         return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
 
-    optimizer.flat.restore(optimizer.flat.data, under("model."), f"{where}: parameters")
+    what = f"{where}: parameters"  # of both kinds all has to fit before any is written
+    expect_alike(optimizer.flat.cut(optimizer.flat.data), under("model."), what)
     optimizer.restore(under("optimizer."))
+    optimizer.flat.restore(optimizer.flat.data, under("model."), what)
     tally.total, tally.items = arrays["total"], state.notes["items"]
     tally.waited, tally.best = state.notes["waited"], arrays.get("best")
     if tally.best is not None:
         tally.best_loss = state.notes["best_loss"]
     result.history, result.best_step = state.notes["history"], state.notes["best_step"]
     result.steps = state.step
+
+
+def plain(value: Any) -> Any:
+    """What JSON gives back of it: NumPy's numbers as Python's, tuples as lists.
+
+    Errors: `CheckpointError` for what JSON cannot hold.
+    """
+    try:
+        return json.loads(json.dumps(value, default=lambda number: number.item()))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"checkpoints: expected JSON, found another value ({error})"
+        ) from error
 
 
 def expect_same_run(run: Mapping[str, Any], saved: Mapping[str, Any], where: Any) -> None:

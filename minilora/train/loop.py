@@ -5,17 +5,32 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 
 from ..engine.backend import device_of, xp_of
-from ..engine.errors import CheckpointError, MiniloraError, NumericsError, expect_whole
+from ..engine.errors import (
+    CheckpointError,
+    MiniloraError,
+    NumericsError,
+    expect_positive,
+    expect_whole,
+)
 from ..engine.progress import progress
 from ..model.module import freeze, tensors
 from ..optim.flat import LR
-from .checkpoint import Checkpoints, Fit, Tally, digest_of, digest_of_frozen, reinstate, snapshot
+from .checkpoint import (
+    Checkpoints,
+    Fit,
+    Tally,
+    digest_of,
+    digest_of_frozen,
+    plain,
+    reinstate,
+    snapshot,
+)
 from .data import Data, Order
 from .parallel import Loss, Shards
 
@@ -70,19 +85,23 @@ def fit(
     Ctrl-C ends the run after the step it is in, with what was learned; a second one at once.
     A gradient that an earlier run left, having been ended within a step, is not used.
     Errors: `MiniloraError` for an option out of range; `CheckpointError` for checkpoints of
-    another run (options, data, frozen weights), or any without `resume`;
+    another run (options, the optimizer's settings and groups, data, frozen weights), for any
+    without `resume`, or for a place that cannot hold them;
     `NumericsError` when a loss or gradient was not finite, naming the step and the
     Parameter; steps after it have changed nothing by it.
     """
     for name, value, least in (
         ("steps", steps, 0), ("every", every, 1), ("accumulate", accumulate, 1),
         ("shards", shards, 1), ("patience", 1 if patience is None else patience, 1),
+        ("eval_batch", eval_batch, 1),
     ):  # fmt: skip
         expect_whole(f"fit: {name}", value, least)
     if patience is not None and validation is None:
         raise MiniloraError("fit: patience: expected validation data to wait by, found none")
-    if clip is not None and not clip > 0:
-        raise MiniloraError(f"fit: clip: expected a number > 0, found {clip}")
+    if resume and checkpoints is None:
+        raise MiniloraError("fit: resume: expected checkpoints to go on from, found none")
+    if clip is not None:
+        expect_positive("fit: clip", clip)
     order = Order(len(train), batch, seed)
     model, base_lr = optimizer.model, float(optimizer.control[LR])
     xp = xp_of(optimizer.control)
@@ -95,11 +114,14 @@ def fit(
         "patience": patience,
     }  # fmt: skip
     if checkpoints is not None:
-        run |= {
+        checkpoints.make_place()  # or the first save would say that there is none
+        run = plain(run | {
+            "settings": optimizer.settings,
+            "groups": [group for _, group in optimizer.flat.parts],
             "about": checkpoints.about, "train": digest_of(train),
             "validation": None if validation is None else digest_of(validation),
             "frozen": digest_of_frozen(model),
-        }  # fmt: skip
+        })  # fmt: skip
 
     def record(step: int, lr: float) -> dict[str, float]:
         bad = optimizer.first_bad()
@@ -111,15 +133,20 @@ def fit(
                 ((s, v) for s, v in losses if not math.isfinite(float(v))), (step, mean)
             )
             raise NumericsError(f"step {when}: the loss is {value}, expected a finite number")
-        entry = {"step": step, "loss": mean, "lr": lr, "norm": optimizer.norm()}
+        entry = {"step": step, "loss": mean, "lr": float(lr), "norm": optimizer.norm()}
         if validation is not None:
-            entry["val"] = evaluate(model, loss, validation, eval_batch, workers)
+            entry["val"] = value = evaluate(model, loss, validation, eval_batch, workers)
+            if not math.isfinite(value):
+                raise NumericsError(
+                    f"step {step}: the validation loss is {value}, expected a finite number"
+                )
         return entry
 
     def save() -> None:
         if checkpoints is not None:
             checkpoints.save(snapshot(optimizer, tally, result, run))
 
+    optimizer.forget_bad()  # an earlier run's has been reported
     if checkpoints is not None and (state := checkpoints.latest()) is not None:
         if not resume:
             raise CheckpointError(
@@ -132,7 +159,13 @@ def fit(
     optimizer.flat.grad.fill(0)
     bar = progress(total=steps, label=label)
     bar.update(result.steps)
-    with Shards(optimizer.flat, shards) as workers, interruptible() as interrupted:
+    with (
+        ExitStack() as end,
+        Shards(optimizer.flat, shards) as workers,
+        interruptible() as interrupted,
+    ):
+        end.callback(optimizer.set_lr, base_lr)  # its own again, whatever ends the run
+        end.callback(bar.close)
         for step in range(result.steps, steps):
             lr = base_lr * schedule(step)
             optimizer.set_lr(lr)
@@ -168,8 +201,6 @@ def fit(
             if stop:
                 result.stopped = "interrupted"
                 break
-    bar.close()
-    optimizer.set_lr(base_lr)
     if tally.best is not None:
         optimizer.flat.data[...] = tally.best
     return result
