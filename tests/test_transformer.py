@@ -1,6 +1,7 @@
 """One config, two families: counts, causality to the bit, recomputing, and generation."""
 
 import math
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -239,6 +240,19 @@ def test_a_stop_token_ends_a_row_and_is_not_returned(device):
     assert generate(model, prompts, 0) == [[], []]
 
 
+@pytest.mark.parametrize("kind", [list, set, np.array])
+def test_stop_tokens_in_any_collection_end_the_work(kind, device, monkeypatch):
+    module, made = sys.modules["minilora.model.generate"], []
+    each = module.each_token
+    monkeypatch.setattr(module, "each_token", lambda *a, **o: map(watch, each(*a, **o)))
+    watch = lambda token: made.append(token) or token
+    model = freeze(built("llama", device))
+    free = generate(model, [[1, 2]], 12)[0]
+    made.clear()
+    assert generate(model, [[1, 2]], 12, stop=kind([free[3], 18])) == [free[: free.index(free[3])]]
+    assert len(made) == free.index(free[3]) + 1
+
+
 @given(
     st.lists(st.floats(-5, 5), min_size=2, max_size=12), st.floats(0.1, 3),
     st.none() | st.integers(1, 12), st.none() | st.floats(0.05, 1.0),
@@ -349,6 +363,15 @@ def test_a_model_that_broke_generates_nothing(temperature, device, host):
         (([[1]], 1), {"top_p": 1.1}, "top_p"),
         (([[19]], 1), {}, r"0\.\.18, found 19"),
         (([[1, -1]], 1), {}, r"0\.\.18, found -1"),
+        (([[1.5, 2]], 1), {}, r"prompts: expected lists of whole numbers, found \[1.5, 2\]"),
+        (([[True]], 1), {}, "prompts: expected lists of whole numbers"),
+        (([1, 2], 1), {}, "prompts: expected lists of whole numbers, found 1"),
+        (("ab", 1), {}, "prompts: expected lists of whole numbers, found 'a'"),
+        (([[[1, 2], [3]]], 1), {}, "prompts: expected lists of whole numbers"),
+        (([[10**30]], 1), {}, "prompts: expected lists of whole numbers"),
+        (([[1]], 1), {"stop": 3}, "stop: expected lists of whole numbers, found 3"),
+        (([[1]], 1), {"stop": "a"}, "stop: expected lists of whole numbers, found 'a'"),
+        (([[1]], 2), {"seeds": None}, "seeds: expected whole numbers >= 0, found None"),
         (([[1]], 48), {}, "at most 48 positions, found 49"),
         (([[1]], 2), {"seeds": [1, 2]}, "one for each of 1 prompts, found 2"),
         (([[1]], 2), {"seeds": -1}, "seeds: expected whole numbers >= 0, found -1"),

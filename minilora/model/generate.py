@@ -38,8 +38,8 @@ def generate(
     The model is frozen first, so no graph is built; the cache lives as long as this call.
     `replay` may make a step fast, as `fast.capture.replayed` does on a card: given the array
     library and a function that works in place, it gives one that does the same.
-    Errors: `MiniloraError` for an empty prompt or an option out of range, `NumericsError`
-    for an id outside the vocabulary or logits that are not finite.
+    Errors: `MiniloraError` for a prompt that is empty or no list of whole numbers, or an option
+    out of range; `NumericsError` for an id outside the vocabulary or logits that are not finite.
     """
     tokens = each_token(
         model,
@@ -51,6 +51,7 @@ def generate(
         seeds=seeds,
         replay=replay,
     )
+    stop = whole_numbers("stop", stop).tolist()
     made: list[Any] = []
     running = np.ones(len(prompts), bool)
     for token in tokens:
@@ -84,6 +85,7 @@ def each_token(
     model = freeze(model)
     xp = xp_of(model.norm.weight.data)
     device = device_of(model.norm.weight.data)
+    prompts = [whole_numbers("prompts", prompt) for prompt in prompts]
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) < 1:
         raise MiniloraError("generate: expected prompts of at least one token each")
@@ -199,7 +201,7 @@ def draw(
 
 def streams_of(seeds: int | Sequence[int], rows: int) -> list[np.random.Generator]:
     """One Generator a row: from (seeds, row), or from the row's own entry."""
-    for seed in [seeds] if np.isscalar(seeds) else seeds:
+    for seed in seeds if np.ndim(seeds) else [seeds]:
         if not is_whole(seed) or seed < 0:
             raise MiniloraError(f"seeds: expected whole numbers >= 0, found {seed!r}")
     if is_whole(seeds):
@@ -207,6 +209,17 @@ def streams_of(seeds: int | Sequence[int], rows: int) -> list[np.random.Generato
     if len(seeds) != rows:
         raise MiniloraError(f"seeds: expected one for each of {rows} prompts, found {len(seeds)}")
     return [np.random.default_rng(seed) for seed in seeds]
+
+
+def whole_numbers(name: str, ids: Any) -> np.ndarray:
+    """Token ids (n,) as an array, of any collection; 1.5 and True are none."""
+    try:
+        found = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
+    except (TypeError, ValueError):  # a single number; rows of several lengths
+        found = np.empty((), object)
+    if found.ndim != 1 or (found.dtype.kind not in "iu" and found.size):
+        raise MiniloraError(f"{name}: expected lists of whole numbers, found {ids!r}")
+    return found.astype(np.int64)
 
 
 def until(row: list[int], stop: Sequence[int]) -> list[int]:
