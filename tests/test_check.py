@@ -26,6 +26,20 @@ def test_assert_same_finds_what_is_rarely_wrong(dev):
         check.assert_same(wrong, lambda x: x, lambda rng: (rng.standard_normal(2),))
 
 
+def test_assert_same_is_not_misled_by_one_that_writes_into_its_argument(dev):
+    """Had it cleared what the other is given, both would say zero."""
+
+    def clearing(x):
+        x.fill(0)
+        return x
+
+    draw = lambda rng: (dev(rng.standard_normal(2)),)
+    with pytest.raises(AssertionError, match="case 0: gap"):
+        check.assert_same(clearing, lambda x: x * 2, draw)
+    with pytest.raises(AssertionError, match="case 0: gap"):  # of masks too
+        check.assert_same(lambda x: x > -9, lambda x: x > 9, draw)
+
+
 def test_retained_counts_each_buffer_once(dev):
     x = Parameter(dev(np.ones((4, 5))))
     y = x * 2.0

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from minilora.engine.check import retained
+from minilora.engine.errors import MiniloraError
 from minilora.engine.fused import dropout, gelu, linear
 from minilora.engine.graph import pull
 from minilora.engine.recompute import recompute
@@ -87,6 +88,12 @@ def test_the_outer_graph_is_not_held_by_the_inner(parts, dev):
     gc.collect()
     assert gone() is None
     assert y.sum().backward().keys() == {x}
+
+
+def test_what_is_no_tensor_is_refused(parts):
+    for wrong, found in ((lambda x: [x], "list"), (lambda x: (x, 1.0), "float")):
+        with pytest.raises(MiniloraError, match=f"recompute: expected a Tensor .* found {found}"):
+            recompute(wrong, parts[2] * 2.0)
 
 
 def test_a_frozen_function_builds_no_graph(parts):

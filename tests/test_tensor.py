@@ -180,6 +180,10 @@ def test_backward_says_what_it_needs(dev):
     x = vector(dev, 1.0, 2.0)
     with pytest.raises(MiniloraError, match="single number"):
         (x * 2.0).backward()
+    for cotangent, found in ((dev(np.ones(1)), r"\(1,\)"), (dev(np.ones((1, 2))), r"\(1, 2\)"),
+                             (1.0, "1.0"), (Tensor(x.data), "")):  # fmt: skip
+        with pytest.raises(MiniloraError, match=rf"cotangent array of shape \(2,\), found {found}"):
+            (x * 2.0).backward(cotangent)
     with pytest.raises(MiniloraError, match="is a Parameter"):
         Tensor(x.data).sum().backward()
     with pytest.raises(MiniloraError, match="at least one array"):

@@ -75,6 +75,8 @@ class BF16:
         return BF16(self.bits[index])
 
     def __setitem__(self, index: Any, values: Any) -> None:
+        if isinstance(values, (int, float)):
+            values = np.float32(values)
         self.bits[index] = values.bits if type(values) is BF16 else bits_of(values)
 
     def __array__(self, *args: Any, **options: Any) -> Any:

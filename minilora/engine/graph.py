@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from .backend import xp_of
+from .backend import is_array, xp_of
 from .bf16 import BF16
 from .errors import MiniloraError
 from .rounding import plus, stored_as
@@ -80,6 +80,11 @@ def pull(outputs: Sequence[Any], cotangents: Iterable, into: dict | None = None)
     order = ordered(outputs)
     for output, g in zip(outputs, cotangents, strict=True):
         if output.target is not None and g is not None:
+            if not is_array(g) or g.shape != output.shape:
+                raise MiniloraError(
+                    f"backward: expected a cotangent array of shape {output.shape}, "
+                    f"found {getattr(g, 'shape', g)}"
+                )
             arrive((output.target, output.slot), stored_as(output.data, g))
     while order:
         node = order.pop()

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from .errors import MiniloraError
 from .graph import Node, ordered, pull, shared
 from .tensor import Parameter, Tensor
 
@@ -19,6 +20,7 @@ def recompute(
     an `rng` is given, with a fresh Generator from the one seed drawn here, so that both
     runs see the same dropout masks.  Whatever depends on a Parameter outside the
     function must come in as an argument.  (Chen et al. 2016, "sublinear memory cost".)
+    Errors: `MiniloraError` for a function that returns another thing than Tensors.
     """
     seed = None if rng is None else int(rng.integers(1 << 63))
     setting = copy_context()
@@ -37,7 +39,14 @@ def recompute(
         ]
         options = {} if seed is None else {"rng": np.random.default_rng(seed)}
         value = setting.run(function, *inlets, **options)
-        return inlets, value if isinstance(value, tuple) else (value,), isinstance(value, tuple)
+        outputs = value if isinstance(value, tuple) else (value,)
+        for output in outputs:
+            if not isinstance(output, Tensor):
+                found = type(output).__name__
+                raise MiniloraError(
+                    f"recompute: expected a Tensor or a tuple of them, found {found}"
+                )
+        return inlets, outputs, isinstance(value, tuple)
 
     inlets, outputs, is_tuple = run()
     entry = {inlet: i for i, inlet in enumerate(inlets) if targets[i] is not None}
