@@ -125,6 +125,28 @@ def test_summary_shows_shapes_counts_and_what_trains():
     assert all(len(line) <= 100 for line in text.splitlines())
 
 
+def test_summary_keeps_neighbors_of_another_kind_apart():
+    """By the type of a module, by dtype, and by arrays that are no Tensors, as codes are."""
+
+    @module
+    class One:
+        weight: Tensor
+        codes: np.ndarray | None = None
+
+    @module
+    class Other:
+        weight: Tensor
+        codes: np.ndarray | None = None
+
+    single, double = (Tensor(np.ones(2, kind)) for kind in (np.float32, np.float64))
+    assert "One x 2" in summary([One(single), One(single)])
+    for pair in (
+        [One(single), Other(single)], [One(single), One(double)],
+        [One(single, np.zeros(2, np.uint8)), One(single, np.zeros(3, np.uint8))],
+    ):  # fmt: skip
+        assert " x 2" not in summary(pair)
+
+
 # ----------------------------------------------------------------------------- targets
 
 

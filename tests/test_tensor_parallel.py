@@ -245,7 +245,10 @@ def test_weights_changed_before_it_is_entered_are_those_of_all_parts():
 
 def test_what_cannot_be_cut_is_refused(monkeypatch):
     model = whole("llama")  # two key heads
-    for workers, words in ((0, "at least one worker, found 0"), (3, "found 3 for 2")):
+    for workers, words in (
+        (0, "workers: expected a whole number >= 1, found 0"), (1.5, "found 1.5"),
+        (3, "found 3 for 2"),
+    ):  # fmt: skip
         with pytest.raises(MiniloraError, match=words):
             TensorParallel(model, workers)
     with pytest.raises(MiniloraError, match="expected a Transformer, found Linear"):

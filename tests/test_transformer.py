@@ -391,10 +391,14 @@ def test_logits_that_are_no_numbers_are_refused():
 
 
 @pytest.mark.parametrize(
-    "change", [{"heads": 5}, {"key_heads": 3}, {"norm": "batch"}, {"mlp": "relu"}, {"layers": 0}]
-)
+    "change",
+    [
+        {"heads": 5}, {"key_heads": 3}, {"norm": "batch"}, {"mlp": "relu"}, {"layers": 0},
+        {"key_heads": 0}, {"key_heads": -2}, {"hidden": -1}, {"layers": 1.5}, {"heads": None},
+    ],
+)  # fmt: skip
 def test_configs_that_make_no_model(change):
-    with pytest.raises(MiniloraError, match="config: expected"):
+    with pytest.raises(MiniloraError, match=r"config: .*expected"):
         TransformerConfig(**(SHAPE | change))
 
 
@@ -406,8 +410,10 @@ def test_ids_that_do_not_fit(dev, device):
     assert freeze(model)(dev(np.zeros((0, 5), np.int64))).shape == (0, 5, SHAPE["vocab"])
 
 
-def test_a_cache_wants_a_frozen_model(dev, device):
+def test_a_cache_wants_positions_and_a_frozen_model(dev, device):
     model = built("llama", device)
+    with pytest.raises(MiniloraError, match="positions: expected"):
+        freeze(model)(dev(np.array([[1]])), cache=KVCache(model, 1, 1))
     with pytest.raises(MiniloraError, match="freeze"):
         model(dev(np.array([[1]])), positions=dev(np.array([[0]])), cache=KVCache(model, 1, 4))
 

@@ -176,7 +176,11 @@ def runs(nodes: list) -> list[tuple[int, list]]:
     found: list[tuple[int, list]] = []
     outline = None
     for i, node in enumerate(nodes):
-        now = [(p, type(n), n.shape) for p, n in walk(node) if isinstance(n, Tensor)]
+        now = [
+            (p, type(n), getattr(n, "shape", None), getattr(n, "dtype", None))
+            for p, n in walk(node)
+            if isinstance(n, Tensor) or is_array(n) or is_module(n)
+        ]
         if found and now == outline:
             found[-1][1].append(node)
         else:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..engine.backend import xp_of
 from ..engine.blas import one_blas_thread
-from ..engine.errors import MiniloraError
+from ..engine.errors import MiniloraError, expect_whole
 from ..engine.forked import Forked, can_fork
 from ..engine.rules import only_reference, wide
 from ..engine.team import SLOT, Team, all_gather, all_reduce
@@ -178,8 +178,7 @@ def nobody_is_left() -> NoReturn:
 def expect_parts(model: Any, workers: int) -> None:
     """Can the model be cut into so many parts, and is there who would compute them?"""
     name = "tensor parallel"
-    if workers < 1:
-        raise MiniloraError(f"{name}: expected at least one worker, found {workers}")
+    expect_whole(f"{name}: workers", workers, 1)
     if not isinstance(model, Transformer):
         raise MiniloraError(f"{name}: expected a Transformer, found {type(model).__name__}")
     if xp_of(model.norm.weight.data) is not np:

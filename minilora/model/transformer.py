@@ -10,7 +10,7 @@ import numpy as np
 
 from ..engine.attention import RopeScaling, attention, rope, split_heads
 from ..engine.backend import xp_of
-from ..engine.errors import MiniloraError
+from ..engine.errors import MiniloraError, expect_whole
 from ..engine.loss import IGNORE, cross_entropy, head_cross_entropy
 from ..engine.recompute import recompute
 from ..engine.tensor import Parameter, Tensor
@@ -50,9 +50,10 @@ class TransformerConfig:
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        for name in ("vocab", "width", "layers", "heads", "context"):
-            if getattr(self, name) < 1:
-                raise MiniloraError(f"config: expected {name} >= 1, found {getattr(self, name)}")
+        for name in ("vocab", "width", "layers", "heads", "key_heads", "hidden", "context"):
+            value = getattr(self, name)
+            if value is not None or name not in ("key_heads", "hidden"):
+                expect_whole(f"config: {name}", value, 1)
         if self.width % self.heads or self.heads % self.kv:
             raise MiniloraError(
                 f"config: expected heads to divide width, and key heads to divide heads; "
@@ -234,6 +235,8 @@ class Transformer:
                 f"ids: expected shape (N, T) with 1 <= T <= {self.config.context}, "
                 f"found {ids.shape}"
             )
+        if cache is not None and positions is None:
+            raise MiniloraError("positions: expected some beside a cache, found None")
         x = self.embedding(ids)  # (N, T, C)
         if self.positions is not None:
             if positions is None and isinstance(self.positions, Embedding):
