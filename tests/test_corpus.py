@@ -11,7 +11,7 @@ from real_files import tokenizer_of
 
 from minilora.engine.errors import FormatError, MiniloraError, MissingFileError
 from minilora.engine.loss import IGNORE
-from minilora.train.corpus import SHIPPED, read_corpus
+from minilora.train.corpus import SHIPPED, Sequences, read_corpus
 
 TOKENIZER = tokenizer_of()
 (END,) = TOKENIZER.stop
@@ -175,6 +175,20 @@ def test_places_and_options_that_are_refused(folder):
     (folder / "bad.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(FormatError, match="expected text in UTF-8"):
         read_corpus(folder / "bad.txt", TOKENIZER, 64)
-    for length, share in ((1, 0.1), (64, 0.0), (64, 1.0)):
+    for length, share in ((1, 0.1), (64, 0.0), (64, 1.0), (2.5, 0.1), (64, "a")):
         with pytest.raises(MiniloraError, match="expected a length >= 2 and a share"):
             read_corpus("persona", TOKENIZER, length, share)
+    with pytest.raises(MiniloraError, match="seed: expected a whole number >= 0, found -1"):
+        read_corpus("persona", TOKENIZER, 64, seed=-1)
+    for name in ("list.json", "table.csv"):
+        (folder / name).write_text('[{"text": "learned as it stands"}]')
+        with pytest.raises(FormatError, match=r"expected a \.jsonl or \.txt file, found \."):
+            read_corpus(folder / name, TOKENIZER, 8)
+
+
+def test_keys_have_no_order_and_names_no_case(folder):
+    lines = [{"prompt": "a", "completion": "b"}, {"completion": "d", "prompt": "c"}]
+    (folder / "PAIRS.JSONL").write_text("\n".join(map(json.dumps, lines)))
+    corpus = read_corpus(folder / "PAIRS.JSONL", TOKENIZER, 8)
+    assert (corpus.kind, corpus.counts["examples"]) == ("prompt and completion", 2)
+    assert type(corpus.train.first(1)) is Sequences

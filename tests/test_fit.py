@@ -328,7 +328,8 @@ def test_data_counts_what_is_scored(device):
     assert Data({"x": np.zeros((4, 2))}).scored.tolist() == [1] * 4
     classes = Data({"x": np.zeros((3, 2)), "targets": np.array([1, IGNORE, 0])})
     assert classes.scored.tolist() == [1, 0, 1]
-    for bad in ({"a": np.zeros(2), "b": np.zeros(3)}, {"a": np.zeros(0)}):
+    for bad in ({"a": np.zeros(2), "b": np.zeros(3)}, {"a": np.zeros(0)}, {"a": np.zeros(())},
+                {"targets": [1, 2]}):  # fmt: skip
         with pytest.raises(MiniloraError, match="Data: expected"):
             Data(bad)
     with pytest.raises(MiniloraError, match="scored target"):

@@ -195,6 +195,13 @@ def test_a_file_that_is_no_text_is_named(content, message, tmp_path):
         get_task(f"data:{path}")
 
 
+def test_a_place_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for place in (tmp_path, tmp_path / "file" / "inside"):
+        with pytest.raises(FormatError, match="expected text in UTF-8"):
+            get_task(f"data:{place}")
+
+
 # ------------------------------------------------------------------------- a task of one's own
 
 

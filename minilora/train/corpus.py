@@ -18,7 +18,14 @@ from typing import Any
 import numpy as np
 
 from ..engine.backend import to_device
-from ..engine.errors import FormatError, MiniloraError, MissingFileError
+from ..engine.errors import (
+    FormatError,
+    MiniloraError,
+    MissingFileError,
+    expect_whole,
+    is_number,
+    is_whole,
+)
 from ..engine.loss import IGNORE
 from ..files.tokenizer import Tokenizer
 from ..files.trees import DATA
@@ -78,19 +85,23 @@ def read_corpus(
 
     `held_out` is the share kept for validation, at least one example but not all: the end of
     a text, or lines drawn by `seed`.
-    Errors: `MissingFileError`; `FormatError` naming the line; `MiniloraError` for a length or
-    share out of range, or a file with fewer than two examples.
+    Errors: `MissingFileError`; `FormatError` naming the line; `MiniloraError` for a length,
+    share or seed out of range, or a file with fewer than two examples.
     """
-    if length < 2 or not 0 < held_out < 1:
+    is_share = is_number(held_out) and 0 < held_out < 1
+    if not is_whole(length) or length < 2 or not is_share:
         raise MiniloraError(
             f"corpus: expected a length >= 2 and a share in (0, 1), found {length}, {held_out}"
         )
+    expect_whole("corpus: seed", seed, 0)
     path = DATA / SHIPPED[str(source)] if str(source) in SHIPPED else Path(source)
     if not path.exists():
         raise MissingFileError(
             f"{path}: expected a .jsonl or .txt file, or one of {', '.join(SHIPPED)}; found nothing"
         )
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() in (".json", ".csv"):  # whose marks would be learned as text
+        raise FormatError(f"{path}: expected a .jsonl or .txt file, found {path.suffix}")
+    if path.suffix.lower() == ".jsonl":
         documents, kind = list(read_jsonl(path)), None
     else:
         documents, kind = [{"text": read_text(path)}], "text"
@@ -142,11 +153,11 @@ def read_jsonl(path: Path) -> Iterable[dict[str, Any]]:
 
 def kind_of(path: Path, documents: list[dict[str, Any]]) -> str:
     """What all lines of a file are.  Errors: `FormatError` for none, or a mixture."""
-    kinds = {" and ".join(k for k in document if k != "line") for document in documents}
+    names = ("messages", "prompt", "completion", "text")  # JSON has no order of its own
+    kinds = {" and ".join(k for k in names if k in document) for document in documents}
     if len(kinds) != 1:
         raise FormatError(f"{path}: expected lines of one form, found {sorted(kinds) or 'none'}")
-    kind = kinds.pop()
-    return "prompt and completion" if "prompt" in kind else kind
+    return kinds.pop()
 
 
 def windows(

@@ -25,6 +25,11 @@ class Data:
     scored: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
+        for name, array in self.arrays.items():
+            if not isinstance(array, np.ndarray) or array.ndim == 0:
+                raise MiniloraError(
+                    f"Data: expected a NumPy array of examples, found {name} {array!r}"
+                )
         lengths = {name: len(array) for name, array in self.arrays.items()}
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
             raise MiniloraError(f"Data: expected arrays of one length >= 1, found {lengths}")
@@ -47,7 +52,8 @@ class Data:
 
     def first(self, n: int) -> "Data":
         """The first `n` examples."""
-        return Data({name: array[:n] for name, array in self.arrays.items()})
+        expect_whole("examples", n, 1)
+        return type(self)({name: array[:n] for name, array in self.arrays.items()})
 
     def in_order(self, size: int) -> Iterator[slice]:
         """Slices of at most `size` examples that cover all, in order."""

@@ -89,7 +89,7 @@ def file_task(path: str | Path) -> Task:
         text = path.read_text("utf-8")
     except FileNotFoundError:
         raise MissingFileError(f"{path}: expected a text file, found none") from None
-    except (UnicodeDecodeError, IsADirectoryError) as error:
+    except (UnicodeDecodeError, OSError) as error:
         raise FormatError(f"{path}: expected text in UTF-8 ({error})") from None
     if len(text) < 40 * LENGTH:
         raise FormatError(
