@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..engine.backend import device_of, to_device, to_numpy, xp_of
-from ..engine.bf16 import BFLOAT16
 from ..engine.errors import (
     CheckpointError,
     MiniloraError,
@@ -48,20 +47,20 @@ class Flat:
 
     `model` is the tree whose Parameters are views of `data`; `gradients` maps them to views
     of `grad`.  Parameters of one Group lie side by side: `parts` lists the stretches.
-    Errors: `MiniloraError` if nothing trains, if dtypes or devices differ, for Parameters in
-    bfloat16, or if a group's factor is negative or not finite.
+    Errors: `MiniloraError` if nothing trains, if dtypes or devices differ or are not float32 or
+    float64, or if a group's factor is negative or not finite.
     """
 
     def __init__(self, model: Any, groups: Grouping = by_shape):
         named = parameters(model)
-        if not named:
+        if not any(p.size for p in named.values()):
             raise MiniloraError("optimizer: expected Parameters in the model, found none")
         kinds = {(xp_of(p.data).__name__, p.dtype.name) for p in named.values()}
         if len(kinds) > 1:
             raise MiniloraError(f"optimizer: expected one dtype and device, found {sorted(kinds)}")
-        if BFLOAT16 in [p.dtype for p in named.values()]:  # an update would be rounded away
+        if (found := kinds.pop()[1]) not in ("float32", "float64"):  # others round updates away
             raise MiniloraError(
-                "optimizer: expected Parameters in float32 or float64, found bfloat16"
+                f"optimizer: expected Parameters in float32 or float64, found {found}"
             )
         group = {path: Group(*groups(path, parameter)) for path, parameter in named.items()}
         for path, factors in group.items():
@@ -102,13 +101,19 @@ class Flat:
         return next(path for path, s in self.spans.items() if s.start <= index < s.stop)
 
     def add(self, gradients: dict[Parameter, Any]) -> None:
-        """Add what `backward()` returned.  Errors: `MiniloraError` for an unknown Parameter."""
+        """Add what `backward()` returned.
+
+        Errors: `MiniloraError` for an unknown Parameter or another shape; nothing is added then.
+        """
         for parameter, g in gradients.items():
             if parameter not in self.gradients:
                 raise MiniloraError(
                     f"optimizer: a gradient for {parameter}, which is not in its model; "
                     "train optimizer.model, not the tree it was made from"
                 )
+            if g.shape != parameter.shape:
+                raise MiniloraError(f"optimizer: a gradient of shape {g.shape} for {parameter}")
+        for parameter, g in gradients.items():
             self.gradients[parameter] += g
 
     def restore(self, flat: Any, saved: dict[str, Any], what: str) -> None:
@@ -196,7 +201,8 @@ class Stepper:
         return self.flat.gradients
 
     def set_lr(self, lr: float) -> None:
-        """The learning rate of the steps to come."""
+        """The learning rate of the steps to come.  Errors: `MiniloraError`, as for `lr`."""
+        expect_number("lr", lr)
         self.control[LR] = lr
 
     def measure(self, divide_by: float, clip: float | None) -> None:
