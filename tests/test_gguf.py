@@ -198,15 +198,21 @@ def test_a_value_that_is_not_finite(path):
 
 
 def test_what_cannot_be_written(path):
-    with pytest.raises(FormatError, match="expected float32, found float64"):
+    with pytest.raises(FormatError, match="at most 4 dimensions, found float64"):
         gguf.write(path, {}, {"a": np.zeros(3)})
     with pytest.raises(FormatError, match="1 to 63 bytes"):
         gguf.write(path, {}, {"n" * 64: np.zeros(3, np.float32)})
+    with pytest.raises(FormatError, match="expected text"):
+        gguf.write(path, {}, {"\ud800": np.zeros(3, np.float32)})
+    with pytest.raises(FormatError, match=r"at most 4 dimensions, found float32 \(1, 1, 1, 1, 1\)"):
+        gguf.write(path, {}, {"a": np.zeros((1,) * 5, np.float32)})
     with pytest.raises(FormatError, match="expected text, bool, int or float"):
         gguf.write(path, {"a": [1]}, {})
     for key, value, message in (
         ("a", -1, "key 'a': -1: "), ("a", 1 << 32, "key 'a': 4294967296"), ("a", 1e39, "1e"),
         ("general.alignment", 64, "expected 32, found 64"),
+        ("general.alignment", 32.0, "expected 32, found 32.0"), ("", 1, "names of keys, found ''"),
+        ("a", "\ud800", "expected text"), ("\ud800", 1, "expected text"),
     ):  # fmt: skip
         with pytest.raises(FormatError, match=message):
             gguf.write(path, {key: value}, {"a": np.zeros(3, np.float32)})

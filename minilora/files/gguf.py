@@ -222,19 +222,26 @@ def encode(metadata: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> li
     Errors: `FormatError` for another kind of value, a number that is no u32 or f32, an alignment
     other than 32, a tensor that is not float32, or a name that `read` would refuse.
     """
-    if metadata.get(ALIGNMENT, 32) != 32:
-        raise FormatError(f"{ALIGNMENT}: expected 32, found {short(metadata[ALIGNMENT])}")
+    alignment = metadata.get(ALIGNMENT, 32)
+    if type(alignment) is not int or alignment != 32:  # `read` wants a u32
+        raise FormatError(f"{ALIGNMENT}: expected 32, found {short(alignment)}")
+    if "" in metadata:
+        raise FormatError("expected names of keys, found ''")
     head = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
     for name, value in metadata.items():
         head += [text(name), typed(name, value)]
     offset, data = 0, []
     for name, array in tensors.items():
         if array.dtype != np.float32 or array.ndim > MAX_DIMS:
-            raise FormatError(f"tensor {short(name)}: expected float32, found {array.dtype}")
-        if not 0 < len(name.encode()) < MAX_NAME:
+            raise FormatError(
+                f"tensor {short(name)}: expected float32 of at most {MAX_DIMS} dimensions, "
+                f"found {array.dtype} {array.shape}"
+            )
+        told = text(name)
+        if not 8 < len(told) < 8 + MAX_NAME:
             raise FormatError(f"tensor {short(name)}: expected a name of 1 to {MAX_NAME - 1} bytes")
         dims = array.shape[::-1]
-        head += [text(name), struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, 0, offset)]
+        head += [told, struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, 0, offset)]
         raw = np.ascontiguousarray(array).tobytes()
         data.append(raw + bytes(padded(len(raw), 32) - len(raw)))
         offset += len(data[-1])
@@ -243,7 +250,10 @@ def encode(metadata: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> li
 
 
 def text(value: str) -> bytes:
-    raw = value.encode()
+    try:
+        raw = value.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair is no text
+        raise FormatError(f"{short(value)}: expected text ({error})") from None
     return struct.pack("<Q", len(raw)) + raw
 
 
