@@ -576,6 +576,29 @@ def test_a_gguf_adapter_is_the_same_adapter(tmp_path):
             assert np.abs(delta - wanted).max() < 1e-6 * np.abs(wanted).max() + 1e-7, path
 
 
+def test_a_scale_of_zero_is_exported_as_one(tmp_path):
+    """llama.cpp adds B A unscaled where alpha is 0 (get_scale of llama-adapter.h)."""
+    for alpha in (0.0, 5.0):
+        adapted = adapted_of(BASE, alpha=0.0, alpha_pattern={"up": alpha})
+        export_gguf(tmp_path / "a.gguf", adapted)
+        export_mlx(tmp_path / "mlx", adapted)
+        stored = gguf.read(tmp_path / "a.gguf")
+        scale = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())
+        told = stored.metadata["adapter.lora.alpha"], scale["lora_parameters"]["scale"]
+        assert told == ((5.0, 5 / 3) if alpha else (1.0, 1.0))
+        assert not stored["blk.0.attn_v.weight.lora_b"].any()
+        assert stored["blk.0.ffn_up.weight.lora_b"].any() == (alpha > 0)
+
+
+def test_a_gguf_adapter_is_for_what_llama_cpp_can_adapt(tmp_path):
+    """It looks for a tensor of that name, which a tied head has not, of a linear's shape."""
+    for name, place in (("llama tied", "head"), ("gpt2", "positions")):
+        with pytest.raises(AdapterError, match=f"llama.cpp loads, found an adapter on {place}"):
+            export_gguf(tmp_path / "a.gguf", adapted_of(model_of(name), targets=[place]))
+    assert not os.listdir(tmp_path)
+    export_gguf(tmp_path / "a.gguf", adapted_of(BASE, targets=["head"]))
+
+
 def test_an_mlx_adapter_is_the_same_adapter(tmp_path):
     adapted = adapted_of(BASE, rank_stabilized=True, alpha_pattern={"up": 7.5})
     export_mlx(tmp_path / "mlx", adapted)

@@ -4,12 +4,14 @@
     mlx-lm    model.layers.0.self_attn.q_proj.lora_a (d_in, r), .lora_b (r, d_out); s in a config
 
 Neither knows a scale alpha / √r or one that differs from module to module, so what s is beyond
-the one they will use is multiplied into B: the product s B A is the same.
+the one they will use is multiplied into B: the product s B A is the same.  An s of 0 goes into B
+alone: llama.cpp takes an alpha of 0 for none, and adds B A as it is.
 """
 
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -39,13 +41,23 @@ def plain_nodes(what: str, adapted: Transformer) -> dict[str, Node]:
     return nodes
 
 
+def most_used(scales: Iterable[float]) -> float:
+    """Of the scales that are not 0, the commonest; 1 where all are 0."""
+    return Counter([s for s in scales if s] or [1.0]).most_common(1)[0][0]
+
+
 def export_gguf(path: str | os.PathLike, adapted: Transformer) -> None:
     """Write an adapter file for llama.cpp.
 
-    Errors: `AdapterError` where there is none; `FormatError` for a form GGUF has no names for.
+    Errors: `AdapterError` where there is none, or one on a head that is the embedding table, which
+    a GGUF file does not repeat, or on a table of positions, which llama.cpp would not take;
+    `FormatError` for a form GGUF has no names for.
     """
     nodes, config = plain_nodes("gguf", adapted), adapted.config
-    alpha = Counter(node.alpha for node in nodes.values()).most_common(1)[0][0]
+    for place in nodes:
+        if place == "positions" or (place == "head" and config.tied):
+            raise AdapterError(f"gguf: expected what llama.cpp loads, found an adapter on {place}")
+    alpha = most_used(node.alpha for node in nodes.values())
     tensors = {}
     for place, node in nodes.items():
         A, B = factors(node, alpha / node.rank)
@@ -81,7 +93,7 @@ def export_mlx(directory: str | os.PathLike, adapted: Transformer) -> None:
     keys = sorted({".".join(name.split(".")[3:]) for name in names.values()})
     if len(nodes) != len(keys) * config.layers:
         raise AdapterError("mlx: expected the same modules in every block")
-    scale = Counter(node.scale for node in nodes.values()).most_common(1)[0][0]
+    scale = most_used(node.scale for node in nodes.values())
     tensors = {}
     for path, node in nodes.items():
         A, B = factors(node, scale)
