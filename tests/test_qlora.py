@@ -1,5 +1,7 @@
 """QLoRA: the numbers of LoRA over the weights that the codes mean, and a base that never moves."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -254,6 +256,22 @@ def test_equal_bits_are_told_honestly(tmp_path):
 def test_laboratory_settings_of_no_meaning(options, message):
     with pytest.raises(MiniloraError, match=message):
         quantize_lab(QuantizeConfig(samples=1024, **options))
+
+
+def test_a_code_with_numbers_to_spare_is_recorded_by_its_levels(tmp_path):
+    """int4 has 15 levels: what no level has was NaN in the record, which then is no JSON."""
+    record = quantize_lab(QuantizeConfig(code="int4", samples=1 << 12))
+    json.dumps(record, allow_nan=False)
+    assert len(record["levels"]) == len(record["usage"]) == 15
+    assert sum(record["usage"]) == 1 << 12
+    levels_figure(record, tmp_path / "q.png")
+
+
+def test_a_tensor_of_whole_numbers_is_no_weight(tmp_path):
+    write(tmp_path / "t.safetensors", {"w": np.arange(9, dtype=np.uint8)})
+    tensor = f"{tmp_path / 't.safetensors'}:w"
+    with pytest.raises(QuantError, match="expected floats in w, found uint8"):
+        quantize_lab(QuantizeConfig(samples=1024, tensor=tensor))
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 64)])

@@ -69,9 +69,13 @@ def weight_of(spec: str | None) -> tuple[str, np.ndarray]:
     stored = safetensors.read(path or spec)
     if name not in stored:
         raise QuantError(f"tensor: expected FILE:NAME with a name of {', '.join(stored)}")
-    if not stored[name].any():  # nothing to be wrong about: |e| / |x| has no mean
+    weight = stored[name]
+    if weight.dtype.kind != "f":  # such as codes, which are no weights
+        raise QuantError(f"tensor: expected floats in {name}, found {weight.dtype}")
+    weight = weight.astype(np.float32)
+    if not weight.any():  # nothing to be wrong about: |e| / |x| has no mean
         raise QuantError(f"tensor: expected some number but zero in {name}, found none")
-    return f"{Path(path).name}:{name}", stored[name].astype(np.float32)
+    return f"{Path(path).name}:{name}", weight
 
 
 def quantize_lab(config: QuantizeConfig) -> dict[str, Any]:
@@ -81,12 +85,13 @@ def quantize_lab(config: QuantizeConfig) -> dict[str, Any]:
     label, real = weight_of(config.tensor)
     chosen = code(config.code)
     held = quantize_array(bell, config.code, config.block)
+    K = len(chosen.levels)  # what is stored beyond them has no level: NaN, which is no JSON
     return {
         "kind": "quantize",
         "config": asdict(config),
         "tensor": label,
-        "levels": [float(v) for v in chosen.table],
-        "usage": usage(held.packed, config.code, bell.size).tolist(),
+        "levels": [float(v) for v in chosen.table[:K]],
+        "usage": usage(held.packed, config.code, bell.size)[:K].tolist(),
         "bell": errors(bell, config.code, config.block, config.double),
         "real": errors(real, config.code, config.block, config.double),
         "by_block": {
