@@ -62,6 +62,7 @@ def whole_numbers(text: str) -> tuple[int, ...]:
 def parser() -> argparse.ArgumentParser:
     top = Parser(prog="minilora", description="LoRA and QLoRA from scratch in NumPy.")
     top.add_argument("--version", action="version", version=__version__)
+    top.set_defaults(run=run_overview)
     commands = top.add_subparsers(dest="command", parser_class=Parser)
 
     c = commands.add_parser("compare", help="full fine-tuning against LoRA, rank by rank")
@@ -153,6 +154,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, help="file to write (default: where the base ships)")
     p.set_defaults(run=run_pretrain)
     return top
+
+
+def run_overview(args: argparse.Namespace) -> int:
+    from .train.tasks import TASKS
+
+    told = f"{', '.join(TASKS)}; --data FILE: a text of yours"
+    tasks = textwrap.wrap(told, WIDTH - COLUMN, break_on_hyphens=False)
+    print(OVERVIEW.format(version=__version__, tasks=("\n" + " " * COLUMN).join(tasks)), end="")
+    return 0
 
 
 def run_memory(args: argparse.Namespace) -> int:
@@ -339,16 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 when it did what it says, 2 for bad input, 130 after Ctrl-C, 141 where nobody reads on.
     """
     args = parser().parse_args(arguments)
-    if args.command is None:
-        from .train.tasks import TASKS
-
-        tasks = textwrap.wrap(
-            f"{', '.join(TASKS)}; --data FILE: a text of yours",
-            WIDTH - COLUMN,
-            break_on_hyphens=False,
-        )
-        print(OVERVIEW.format(version=__version__, tasks=("\n" + " " * COLUMN).join(tasks)), end="")
-        return 0
+    name = " ".join(filter(None, ("minilora", args.command)))
     if arguments is None:  # a process of our own
         keep_large_blocks()
         if sys.stdout is not None:  # a sign that the terminal cannot show is no reason to stop
@@ -362,8 +363,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (MiniloraError, OSError, MemoryError) as error:
-        print(f"minilora {args.command}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"minilora {args.command}: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         return 130

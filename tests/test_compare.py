@@ -265,6 +265,9 @@ def test_output_that_cannot_be_written_or_shown(tmp_path):
     assert done.returncode != 0
     assert done.stderr.startswith("minilora inspect: ")
     assert "Traceback" not in done.stderr
+    with open("/dev/full", "w") as full:
+        done = minilora(stdout=full)
+    assert done.stderr == "minilora: [Errno 28] No space left on device\n"
     done = minilora("inspect", adapter, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stderr) == (0, "")
     assert "??W?" in done.stdout  # the norm of the update
