@@ -155,6 +155,7 @@ def test_compressed_text_empty_lines_and_what_ships(folder):
         ([{"prompt": "a", "completion": 3}], "completion: expected text, found 3"),
         ([{"text": None}], "text: expected text"),
         ([{"messages": "hello"}], "line 1"),
+        ([{"messages": 3}], "line 1: messages: expected a list, found 3"),
         ([{"messages": []}], "line 1: messages: expected at least one"),
         ([{"messages": [{"role": "robot", "content": "x"}]}], "line 1: messages: expected"),
         ([talk("a", "b"), {"text": "c"}], "lines of one form, found"),

@@ -85,6 +85,8 @@ def render(template: str | None, messages: Sequence[Message], reply: bool = True
 
 
 def expect_messages(messages: Sequence[Message]) -> None:
+    if not isinstance(messages, Sequence):
+        raise MiniloraError(f"messages: expected a list, found {short(messages)}")
     if not messages:
         raise MiniloraError("messages: expected at least one, found none")
     for i, message in enumerate(messages):
