@@ -293,7 +293,7 @@ def test_the_committed_record_is_what_the_command_writes_today(tmp_path):
     "options, words",
     [
         (["--model", "gpt9"], "gpt9"),
-        (["--rank", "0"], "rank"),
+        (["--rank", "0"], "rank: expected a whole number >= 1, found 0"),
         (["--length", "99999"], "length"),
         (["--block", "0"], "block: expected one of"),
         (["--block", "48"], "block: expected one of"),

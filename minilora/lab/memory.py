@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..engine.backend import is_array
-from ..engine.errors import MiniloraError
+from ..engine.errors import MiniloraError, expect_whole
 from ..fast.cpu import BLOCK as CACHED
 from ..fast.cpu import LEAST
 from ..fast.cpu_quant import CHUNK as QUANTIZED
@@ -56,8 +56,7 @@ class Setting:
                     f"{name}: expected one of {', '.join(known)}; found {getattr(self, name)!r}"
                 )
         for name in ("rank", "batch", "length"):
-            if getattr(self, name) < 1:
-                raise MiniloraError(f"{name}: expected a whole number >= 1")
+            expect_whole(name, getattr(self, name), 1)
         if self.block not in BLOCKS:
             raise MiniloraError(f"block: expected one of {BLOCKS}, found {self.block}")
         if self.length > self.config.context:
