@@ -148,6 +148,8 @@ def add_commands(commands: Any) -> None:
 def run_generate(args: argparse.Namespace) -> int:
     from .lab import answer
 
+    if args.prompt == "-" and sys.stdin is None:
+        raise MiniloraError("prompt: expected a text on the standard input, found it closed")
     try:
         text = sys.stdin.read() if args.prompt == "-" else args.prompt
     except UnicodeDecodeError as error:

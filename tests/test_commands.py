@@ -69,7 +69,9 @@ def test_generate_from_standard_input_and_what_it_refuses(capsys, place, monkeyp
     common = ("generate", "--model", place / "model", "--tokens", 3)
     monkeypatch.setattr("sys.stdin", io.StringIO("red"))
     assert command(capsys, *common, "--prompt", "-") == command(capsys, *common, "--prompt", "red")
+    monkeypatch.setattr("sys.stdin", None)  # as Python has it where none is open
     for more, message in (
+        (("--prompt", "-"), "prompt: expected a text on the standard input, found it closed"),
         (("--prompt", ""), "prompt: expected some text"),
         (("--prompt", "x", "--system", "y"), "expected --chat"),
         (("--prompt", "x", "--temperature", "-1"), "temperature"),
@@ -97,16 +99,21 @@ def test_merge_writes_the_merged_model(tmp_path, capsys, place, adapter):
     assert (tmp_path / "merged" / "tokenizer.json").exists()
 
 
-def test_convert(tmp_path, capsys, place, adapter):
+def test_convert(tmp_path, capsys, place, adapter, monkeypatch):
     common = ("convert", "--model", place / "model", "--adapter", adapter)
     for to, out in (("peft", "p"), ("mlx", "m"), ("gguf", "a.gguf")):
         code, told, _ = command(capsys, *common, "--to", to, "--out", tmp_path / out)
         assert (code, told) == (0, f"wrote {tmp_path / out}\n")
     weights = "adapter_model.safetensors"
     assert (tmp_path / "p" / weights).read_bytes() == (adapter / weights).read_bytes()
+    monkeypatch.chdir(place / "model")  # a model has a name where it stands, too
+    common = ("convert", "--model", ".", "--adapter", adapter, "--to", "peft")
+    assert command(capsys, *common, "--out", tmp_path / "q")[0] == 0
+    config = "adapter_config.json"
+    assert (tmp_path / "q" / config).read_bytes() == (tmp_path / "p" / config).read_bytes()
 
 
-def test_inspect(tmp_path, capsys, place, adapter):
+def test_inspect(tmp_path, capsys, place, adapter, monkeypatch):
     code, told, _ = command(capsys, "inspect", adapter)
     assert code == 0
     assert "every tensor matches its sha256" in told
@@ -119,6 +126,8 @@ def test_inspect(tmp_path, capsys, place, adapter):
     assert len(record["modules"]) == 14
     assert record["numbers"] == sum(3 * sum(m["shape"]) for m in record["modules"])
     assert json.loads(command(capsys, "inspect", adapter, "--json")[1])["numbers"] > 0
+    monkeypatch.chdir(adapter)
+    assert command(capsys, "inspect", ".")[1] == told
     code, _, error = command(capsys, "inspect", tmp_path)
     assert (code, "no such file" in error) == (2, True)
     prefix = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
@@ -161,7 +170,7 @@ def test_perplexity(tmp_path, capsys, place, adapter):
     adapted = command(capsys, *common, "--adapter", adapter, "--json")[1]
     assert json.loads(adapted)["rows"][0]["loss"] != first["loss"]
     for more, message in ((("--codes", "nf5"), "nf5"), (("--codes", "nf4+x"), "NAME or NAME+dq"),
-                          (("--codes", ","), "at least one"),
+                          (("--codes", "nf4+"), "NAME+dq"), (("--codes", ","), "at least one"),
                           (("--windows", 1), "at least 2")):  # fmt: skip
         code, _, error = command(capsys, *common, *more)
         assert code == 2

@@ -44,7 +44,8 @@ def open_model(name: str | os.PathLike) -> Pretrained:
     path = Path(name)
     if os.path.isdir(path):  # of a name that no file can have, Path.is_dir raises
         tokenizer = read_tokenizer(path) if (path / "tokenizer.json").exists() else None
-        name = os.fsencode(path.name).decode(errors="replace")  # one that is no text is no JSON
+        name = os.path.basename(os.path.abspath(path))  # of "." too
+        name = os.fsencode(name).decode(errors="replace")  # one that is no text is no JSON
         return Pretrained(read_huggingface(path), tokenizer, name, "safetensors")
     if not os.path.exists(path):
         raise MissingFileError(

@@ -55,7 +55,7 @@ def inspect_adapter(directory: str | os.PathLike) -> dict[str, Any]:
     paired = {name for pair in pairs.values() if {"A", "B"} <= set(pair) for name in pair.values()}
     return {
         "kind": "adapter",
-        "directory": directory.name,
+        "directory": os.path.basename(os.path.abspath(directory)),  # of "." too
         "base": config.get("base_model_name_or_path"),
         "base_sha256": stored.metadata.get(BASE_DIGEST),
         "verified": stored.verified,

@@ -64,8 +64,8 @@ def perplexity(config: PerplexityConfig) -> dict[str, Any]:
     for name in progress(config.codes, label="perplexity"):
         model = source.model
         if name != PLAIN:
-            code, _, double = name.partition("+")
-            if double not in ("", "dq"):
+            code, plus, double = name.partition("+")
+            if plus + double not in ("", "+dq"):
                 raise MiniloraError(f"codes: expected NAME or NAME+dq, found {name!r}")
             model = quantize(model, code=code, block=config.block, double=bool(double))
         if config.adapter is not None:
