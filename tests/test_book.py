@@ -12,7 +12,8 @@ from minilora import MiniloraError
 from minilora.book.exercise import Exercise, difference, multiplications, near, shown
 from minilora.book.exercises import EXERCISES, exercise
 from minilora.book.show import show
-from minilora.book.write import drafted, execute
+from minilora.book.write import drafted, execute, read
+from minilora.engine.errors import FormatError
 from minilora.engine.fused import linear
 from minilora.engine.tensor import Tensor
 
@@ -248,12 +249,21 @@ def test_a_cell_that_never_ends_or_ends_the_kernel_is_an_error(tmp_path, cell, w
 
 
 def test_what_is_no_notebook_is_named(tmp_path):
-    (tmp_path / "c.ipynb").write_text("{")
-    for name, words in (("c.ipynb", "expected a notebook"), ("d.ipynb", "found none")):
-        done = book(name, cwd=tmp_path)
+    for content in ("{", "[]", "3", "{}", '{"nbformat": 4, "cells": 3}'):
+        (tmp_path / "c.ipynb").write_text(content)
+        with pytest.raises(FormatError, match=r"c\.ipynb: expected a notebook \(.*\)$"):
+            read(tmp_path / "c.ipynb")
+    (tmp_path / "latin.md").write_bytes(b"caf\xe9")
+    for names, words in (
+        (["c.ipynb"], "c.ipynb: expected a notebook"), (["d.ipynb"], "d.ipynb: expected a"),
+        (["--from", "latin.md", "d.ipynb"], "latin.md: expected text in UTF-8"),
+        (["--from", "none.md", "d.ipynb"], "none.md: no such file"),
+    ):  # fmt: skip
+        done = book(*names, cwd=tmp_path)
         assert done.returncode == 2
-        assert name in done.stderr
-        assert words in done.stderr
+        assert done.stderr.startswith(f"minilora book: {words}")
+        assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "d.ipynb").exists()
     assert "found 0" in book(cwd=tmp_path).stderr
 
 

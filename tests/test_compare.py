@@ -271,6 +271,9 @@ def test_output_that_cannot_be_written_or_shown(tmp_path):
     done = minilora("inspect", adapter, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stderr) == (0, "")
     assert "??W?" in done.stdout  # the norm of the update
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = minilora("inspect", adapter, env=os.environ | plain)  # kernels are read as UTF-8
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def adapter_at(path):

@@ -10,6 +10,7 @@ import pytest
 from minilora import MiniloraError
 from minilora.book import explore, site
 from minilora.cli import main
+from minilora.engine.errors import FormatError
 from minilora.train.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
@@ -176,6 +177,16 @@ def test_what_the_site_needs_is_named_and_nothing_is_left(monkeypatch, tmp_path)
     with pytest.raises(MiniloraError, match=r"memory_by_model\.json.*found none"):
         site.build_site(tmp_path / "site", CHAPTERS, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
+    (tmp_path / "README.md").write_bytes(b"caf\xe9\n")
+    with pytest.raises(MiniloraError, match=r"README\.md: expected text in UTF-8"):
+        site.build_site(tmp_path / "site", CHAPTERS, tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"kind": "swap", "rows": []}'])
+def test_a_record_of_something_else_is_named(content, tmp_path):
+    (tmp_path / "memory_by_model.json").write_text(content)
+    with pytest.raises(FormatError, match=r"memory_by_model\.json.*record of `minilora memory`"):
+        explore.explore_page(tmp_path, tmp_path / "static")
 
 
 def test_a_build_that_fails_leaves_the_old_site(monkeypatch, tmp_path):

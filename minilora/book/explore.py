@@ -243,24 +243,28 @@ def explorer(name: str, what: str, frames: Sequence[Frame], folder: Path) -> str
 def explore_page(figures: Path, static: Path) -> str:
     """Three sliders over the records of `figures`, their frames written into `static`.
 
-    Errors: `MissingFileError`, `FormatError` for a record that is not there, or not JSON.
+    Errors: `MissingFileError`, `FormatError` for a record that is not there, not JSON, or not one
+    of the command that writes it.
     """
 
-    def record(name: str) -> dict[str, Any]:
+    def record(name: str, kind: str) -> dict[str, Any]:
         try:
-            return json.loads(text_of(figures / name))
+            found = json.loads(text_of(figures / name))
         except json.JSONDecodeError as error:
             raise FormatError(f"{figures / name}: expected a record in JSON ({error})") from None
+        if type(found) is not dict or found.get("kind") != kind:
+            raise FormatError(f"{figures / name}: expected a record of `minilora {kind}`")
+        return found
 
     names = ["dates", *(name for name in TASKS if name != "dates")]
-    memory = record("memory_by_model.json")
+    memory = record("memory_by_model.json", "memory")
     sliders = (
         (
             "rank",
             "Rank of the adapters:",
-            rank_frames([record(f"compare_{n}.json") for n in names]),
+            rank_frames([record(f"compare_{n}.json", "compare") for n in names]),
         ),
-        ("block", "Weights in a block:", block_frames(record("codes_by_block.json"))),
+        ("block", "Weights in a block:", block_frames(record("codes_by_block.json", "quantize"))),
         ("model", "Model:", model_frames(memory)),
     )
     shown = {name: raw(explorer(name, what, f, static / "explore")) for name, what, f in sliders}
@@ -278,8 +282,10 @@ def raw(text: str) -> str:
 
 
 def text_of(path: Path) -> str:
-    """What a file says.  Errors: `MissingFileError`."""
+    """What a file says.  Errors: `MissingFileError`; `FormatError` for what is not UTF-8."""
     try:
         return path.read_text("utf-8")
     except FileNotFoundError:
         raise MissingFileError(f"{path}: the site needs it, found none") from None
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: expected text in UTF-8 ({error})") from None

@@ -90,7 +90,7 @@ def build_site(folder: Path, chapters: Sequence[Path], root: Path = Path()) -> P
         write_sources(work / "source", chapters, root)
         run_sphinx(work)
         names = sorted(os.listdir(work / "site"))
-        (work / "site" / MARK).write_text("\n".join(names) + "\n")
+        (work / "site" / MARK).write_text("\n".join(names) + "\n", "utf-8")
         if folder.exists():
             disk.rename(folder, work / "former")
         try:
@@ -111,7 +111,7 @@ def expect_former_site(folder: Path) -> None:
     if folder.is_symlink() or not folder.is_dir():
         raise MiniloraError(f"{folder}: expected a folder or nothing, found a file or a link")
     mark = folder / MARK
-    ours = {MARK, *mark.read_text().splitlines()} if mark.exists() else set()
+    ours = {MARK, *mark.read_text("utf-8").splitlines()} if mark.exists() else set()
     others = sorted(set(os.listdir(folder)) - ours)
     if others:
         raise MiniloraError(
@@ -141,15 +141,15 @@ def write_sources(source: Path, chapters: Sequence[Path], root: Path) -> None:
     for name in ("chapters", "api", "_static"):
         (source / name).mkdir(parents=True)
     conf = "\n".join(f"{key} = {value!r}" for key, value in CONF.items())
-    (source / "conf.py").write_text(conf + "\n")
-    (source / "_static" / "site.css").write_text(CSS)
-    (source / "_static" / "icon.svg").write_text(ICON)
+    (source / "conf.py").write_text(conf + "\n", "utf-8")
+    (source / "_static" / "site.css").write_text(CSS, "utf-8")
+    (source / "_static" / "icon.svg").write_text(ICON, "utf-8")
     for chapter in chapters:
-        (source / "chapters" / chapter.name).write_text(text_of(chapter))
-    (source / "index.md").write_text(index_page(readme, chapters))
-    (source / "explore.md").write_text(explore_page(root / "figures", source / "_static"))
+        (source / "chapters" / chapter.name).write_text(text_of(chapter), "utf-8")
+    (source / "index.md").write_text(index_page(readme, chapters), "utf-8")
+    (source / "explore.md").write_text(explore_page(root / "figures", source / "_static"), "utf-8")
     for floor in FLOORS:
-        (source / "api" / f"{floor}.rst").write_text(api_page(floor, readme))
+        (source / "api" / f"{floor}.rst").write_text(api_page(floor, readme), "utf-8")
 
 
 def index_page(readme: str, chapters: Sequence[Path]) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 from ..engine.errors import FormatError, MiniloraError, MissingFileError
 from ..engine.progress import progress
 from ..files.atomic import replace_file
+from ..train.corpus import read_text
 
 KERNEL = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -137,7 +138,7 @@ def write_chapters(
     done = []
     for path in progress(list(paths), label="book"):
         if draft is not None:
-            notebook = drafted(draft.read_text("utf-8"))
+            notebook = drafted(read_text(draft))
         else:
             notebook = read(path)
         finished = normalized(execute(notebook, path.parent))
@@ -153,5 +154,6 @@ def read(path: Path) -> Any:
         return nbformat.reads(path.read_text("utf-8"), as_version=4)
     except FileNotFoundError:
         raise MissingFileError(f"{path}: expected a notebook, found none") from None
-    except (ValueError, nbformat.reader.NotJSONError) as error:
-        raise FormatError(f"{path}: expected a notebook ({error})") from None
+    except Exception as error:  # over JSON that is no notebook nbformat trips in many ways
+        reason = str(error).partition("\n")[0]
+        raise FormatError(f"{path}: expected a notebook ({reason})") from None

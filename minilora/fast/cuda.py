@@ -51,7 +51,7 @@ class Kernels:
     def source(self) -> str:
         """The text that is compiled: `common.cu` and the files."""
         files = ("common.cu", *self.file.split())
-        return "".join((FOLDER / file).read_text() for file in files)
+        return "".join((FOLDER / file).read_text("utf-8") for file in files)
 
     def on(self, xp: ModuleType) -> Callable | None:
         compiler = getattr(xp, "RawModule", None)
