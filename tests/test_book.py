@@ -79,6 +79,17 @@ def test_blocks_that_restart_with_every_row_are_found():
     assert exercise("08.1").verdict(row_by_row).state == "failed"
 
 
+def test_a_budget_below_that_of_rank_1_and_a_tensor_of_many_outer_blocks_are_asked_for():
+    """Answers that were once right in all cases: those that tell them apart were never drawn."""
+
+    def at_least_one(shapes, budget):
+        return max(1, budget // sum(a + b for a, b in shapes))
+
+    assert exercise("05.2").verdict(at_least_one).state == "failed"
+    assert exercise("07.3").verdict(lambda n, b, d: min(n, 256 * b) if d else b).state == "failed"
+    assert exercise("07.3").verdict(lambda n, b, d: n).state == "failed"
+
+
 DOUBLE = Exercise(
     name="x", statement="Double it.", hint="+", draw=lambda rng: (rng.standard_normal(2),),
     solution=lambda a: 2 * a, wrong=lambda a: a, labels=("a",),
@@ -133,6 +144,9 @@ def test_shapes_and_kinds_count():
     assert not near((1.0,), (1.0, 2.0), 1e-6)
     assert near(Tensor(np.ones(2)), np.ones(2), 0)
     assert not near(float("nan"), 1.0, 1e-6)
+    for odd in ("1", 1 + 2j, np.array(["1"]), 10**400):
+        assert not near(odd, 1.0, 1e-6)
+        assert difference(odd, 1.0, 1e-6) == ""
 
 
 def test_multiplications_are_counted():

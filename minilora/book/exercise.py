@@ -108,8 +108,14 @@ class Exercise:
 
 
 def numbers(value: Any) -> np.ndarray:
-    """The value as float64 on the host.  Errors: TypeError, ValueError where it is no array."""
-    return np.asarray(to_numpy(value.data if isinstance(value, Tensor) else value), np.float64)
+    """The value as float64 on the host.
+
+    Errors: TypeError, ValueError, OverflowError where it is no array of real numbers.
+    """
+    array = np.asarray(to_numpy(value.data if isinstance(value, Tensor) else value))
+    if array.dtype.kind in "cSU":  # NumPy would read "3", and drop what is imaginary
+        raise TypeError(f"expected real numbers, found {array.dtype}")
+    return array.astype(np.float64)
 
 
 def near(found: Any, right: Any, tolerance: float) -> bool:
@@ -128,7 +134,7 @@ def near(found: Any, right: Any, tolerance: float) -> bool:
             return False
         gap = np.max(np.abs(a - b), initial=0)
         return bool(gap <= tolerance * (1 + np.max(np.abs(b), initial=0)))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
 
 
@@ -145,7 +151,7 @@ def difference(found: Any, right: Any, tolerance: float) -> str:
         return f"part {i}: {inner or f'expected {shown(r)}, found {shown(f)}'}"
     try:
         a, b = numbers(found), numbers(right)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return ""
     if a.shape != b.shape:
         return f"shape: expected {b.shape}, found {a.shape}"

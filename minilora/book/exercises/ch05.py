@@ -14,10 +14,11 @@ def a_spectrum(rng: np.random.Generator) -> tuple:
 
 
 def a_budget(rng: np.random.Generator) -> tuple:
-    """shapes [(d_out, d_in), ...], budget"""
+    """shapes [(d_out, d_in), ...], budget: now and then below that of rank 1"""
     shapes = [tuple(int(s) for s in rng.integers(8, 512, 2)) for _ in range(rng.integers(1, 5))]
     per_rank = sum(a + b for a, b in shapes)
-    return shapes, int(per_rank * rng.uniform(0.5, 20))
+    ranks = rng.uniform(0.1, 1) if rng.integers(4) == 0 else rng.uniform(1, 20)
+    return shapes, int(per_rank * ranks)
 
 
 def a_memory(rng: np.random.Generator) -> tuple:

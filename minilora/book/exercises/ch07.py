@@ -16,9 +16,9 @@ def some_scales(rng: np.random.Generator) -> tuple:
 
 
 def a_tensor(rng: np.random.Generator) -> tuple[int, int, bool]:
-    """how many weights, weights in a block, doubled or not"""
+    """how many weights, more than share an outer scale or fewer; weights in a block; doubled"""
     block = int(rng.choice([32, 64, 128]))
-    return block * int(rng.integers(2, 50)), block, bool(rng.integers(2))
+    return block * int(rng.choice([3, 50, 300, 5000])), block, bool(rng.integers(2))
 
 
 EXERCISES = (
@@ -58,7 +58,7 @@ EXERCISES = (
         hint="Which scales contain the mean?",
         draw=a_tensor,
         solution=lambda count, block, doubled: count if doubled else block,
-        wrong=lambda count, block, doubled: block * 256 if doubled else block,
+        wrong=lambda count, block, doubled: min(count, block * 256) if doubled else block,
         tolerance=0,
         labels=("count", "block", "doubled"),
     ),
