@@ -50,6 +50,14 @@ def show_then(text: str, write: Callable[[], Any]) -> None:
         write()
 
 
+def expect_apart(out: str, model: str) -> None:
+    """What is made of a model does not take its place: the base would be lost."""
+    from .files.pretrained import SMOLLM2
+
+    if model != SMOLLM2 and os.path.exists(out) and os.path.samefile(out, model):
+        raise MiniloraError(f"out: expected another place than that of the model, found {out}")
+
+
 def add_commands(commands: Any) -> None:
     """The parsers of this file, with what each runs."""
 
@@ -194,6 +202,7 @@ def run_merge(args: argparse.Namespace) -> int:
     from .lab.answer import with_adapters
 
     source = open_model(args.model)
+    expect_apart(args.out, args.model)
     model = with_adapters(source.model, args.adapter)
     save_huggingface(args.out, model, source.tokenizer, args.dtype)
     print(f"wrote {args.out}: {source.name}, {len(args.adapter)} adapters merged, {args.dtype}")
@@ -214,6 +223,7 @@ def run_convert(args: argparse.Namespace) -> int:
     from .files.pretrained import open_model
 
     source = open_model(args.model)
+    expect_apart(args.out, args.model)
     adapted = load_adapter(args.adapter, source.model)
     if args.to == "peft":
         save_adapter(args.out, adapted, base=source.name)

@@ -99,6 +99,15 @@ def test_merge_writes_the_merged_model(tmp_path, capsys, place, adapter):
     assert (tmp_path / "merged" / "tokenizer.json").exists()
 
 
+@pytest.mark.parametrize("run", [("merge",), ("convert", "--to", "peft")])
+def test_what_is_made_of_a_model_does_not_take_its_place(capsys, place, adapter, run):
+    before = {path: path.read_bytes() for path in (place / "model").iterdir()}
+    code, _, error = command(capsys, *run, "--model", place / "model", "--adapter", adapter,
+                             "--out", place / "adapter" / ".." / "model")  # fmt: skip
+    assert (code, "expected another place than that of the model" in error) == (2, True)
+    assert {path: path.read_bytes() for path in (place / "model").iterdir()} == before
+
+
 def test_convert(tmp_path, capsys, place, adapter, monkeypatch):
     common = ("convert", "--model", place / "model", "--adapter", adapter)
     for to, out in (("peft", "p"), ("mlx", "m"), ("gguf", "a.gguf")):
