@@ -311,6 +311,18 @@ def test_bad_options_are_one_line(options, words, tmp_path):
 
 
 def test_settings_of_no_meaning():
-    for options in ({"method": "dora"}, {"rank": 0}, {"length": 65}, {"dtype": "int3"}):
+    for options in (
+        {"method": "dora"}, {"rank": 0}, {"length": 65}, {"dtype": "int3"}, {"scored": -1},
+    ):  # fmt: skip
         with pytest.raises(MiniloraError, match="expected"):
             Setting(**({"config": STYLES["gpt2"], "length": 8} | options))
+
+
+@pytest.mark.parametrize("targets", ["head", ("up", "head"), "*", "embedding", "none", ()])
+def test_targets_that_are_not_in_the_ledger(targets):
+    """Of a tied head it once knew no shape, and of an adapter on a table no byte."""
+    for style in STYLES.values():
+        setting = Setting(style, method="lora", length=8, targets=targets)
+        for function in (persistent, trainable_count, ledger):
+            with pytest.raises(MiniloraError, match="targets: expected linears of blocks, found"):
+                function(setting)

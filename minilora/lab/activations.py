@@ -8,7 +8,6 @@ engine's own order of making and freeing.
 
 from dataclasses import dataclass, field
 
-from ..engine.errors import MiniloraError
 from .memory import TILE, Setting, adapted, linears
 
 
@@ -113,7 +112,7 @@ def forward(setting: Setting) -> Tape:
         if setting.recompute:
             y = tape.op("recompute", [x], Value(y.nbytes, y.wants), (x,), inner=inner)
         x = y
-    head_loss(tape, tape.norm(x), chosen)
+    head_loss(tape, tape.norm(x))
     return tape
 
 
@@ -161,12 +160,10 @@ def block(tape: Tape, x: Value, i: int, shapes: dict, chosen: set[str], turns: V
     return tape.add(x, linear(h, "down"))
 
 
-def head_loss(tape: Tape, x: Value, chosen: set[str]) -> None:
+def head_loss(tape: Tape, x: Value) -> None:
     """Gradients that are formed on the way out: dx of the scored tokens, and dW of the head."""
     setting, config = tape.setting, tape.setting.config
     scored = setting.tokens if setting.scored is None else setting.scored
-    if "head" in chosen:
-        raise MiniloraError("memory: an adapter on the head is not in the ledger")
     table = setting.number * config.vocab * config.width
     kept = [Value(setting.number * scored * config.width, False)] if x.wants else []
     full = setting.method == "full"

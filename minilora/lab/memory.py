@@ -57,6 +57,8 @@ class Setting:
                 )
         for name in ("rank", "batch", "length"):
             expect_whole(name, getattr(self, name), 1)
+        if self.scored is not None:
+            expect_whole("scored", self.scored, 0)
         if self.block not in BLOCKS:
             raise MiniloraError(f"block: expected one of {BLOCKS}, found {self.block}")
         if self.length > self.config.context:
@@ -183,13 +185,23 @@ def trainable_count(setting: Setting) -> int:
 
 
 def adapted(setting: Setting) -> set[str]:
-    """Paths of the linears that carry an adapter (and, in QLoRA, are quantized)."""
+    """Paths of the linears that carry an adapter (and, in QLoRA, are quantized).
+
+    Errors: `MiniloraError` for targets that mean none, or the head or a table.
+    """
     if setting.method == "full":
         return set()
     targets = setting.targets
     wanted = (targets,) if isinstance(targets, str) else targets
-    paths = list(linears(setting.config)) + (["head"] if setting.config.tied else [])
-    return {path for path in paths if any(matches(path, target) for target in wanted)}
+    blocks = [path for path in linears(setting.config) if path != "head"]
+    found = {path for path in blocks if any(matches(path, target) for target in wanted)}
+    others = {  # for which there is no ledger
+        path for path in ("head", "embedding", "positions")
+        if any(target != ALL_LINEAR and matches(path, target) for target in wanted)
+    }  # fmt: skip
+    if others or not found:
+        raise MiniloraError(f"targets: expected linears of blocks, found {targets!r}")
+    return found
 
 
 def scratch(setting: Setting) -> dict[str, int]:
