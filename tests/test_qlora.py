@@ -23,6 +23,7 @@ from minilora.engine.backend import to_device as array_to_device
 from minilora.engine.check import retained
 from minilora.engine.errors import NumericsError, QuantError
 from minilora.engine.rules import reference_rules
+from minilora.engine.tensor import Tensor
 from minilora.files.safetensors import write
 from minilora.lab.quantize import (
     QuantizeConfig,
@@ -33,10 +34,11 @@ from minilora.lab.quantize import (
     quantize_lab,
     quantize_report,
 )
+from minilora.lora.adapters import mix, take
 from minilora.lora.lora import LoRALinear, is_adapter
 from minilora.model.layers import Linear
-from minilora.model.module import tensors, walk
-from minilora.quant.linear import QuantizedLinear, dequantize, merge_quantized, quantize
+from minilora.model.module import rebuild, tensors, walk
+from minilora.quant.linear import QuantizedLinear, dequantize, distance, merge_quantized, quantize
 
 CONFIG = TransformerConfig(vocab=11, width=64, layers=2, heads=4, context=32)
 
@@ -175,6 +177,24 @@ def test_merges_that_cannot_be_made(way, original):
         merge_quantized(adapted(quantize(base())), way, original)
     with pytest.raises(QuantError, match="found none"):
         merge_quantized(adapted(base()), "dequantized")
+
+
+def test_rows_with_adapters_of_their_own_are_not_merged():
+    """The factors were merged one by one, into a tree that could no longer be called."""
+    q = adapted(quantize(base()))
+    with pytest.raises(QuantError, match="all rows, found a mixture"):
+        merge_quantized(mix(quantize(base()), [take(q), None]))
+
+
+def test_weights_of_zero_are_merged_without_an_error(device, dev, host):
+    def zero(path, node):
+        return Tensor(node.data * 0) if isinstance(node, Tensor) else node
+
+    nothing = rebuild(freeze(base(device)), zero)
+    q = adapt(quantize(nothing), rank=2, rng=np.random.default_rng(0))  # B is zero, too
+    for way in ("dequantized", "original", "requantized"):
+        assert set(merge_quantized(q, way, nothing)[1].values()) == {0.0}
+    assert distance(dev(np.ones(3, np.float32)), dev(np.zeros(3, np.float32))) == np.inf
 
 
 @pytest.mark.parametrize("model", ["adapted", "quantized"])

@@ -1,5 +1,6 @@
 """A linear whose frozen weight is held in codes, made dense only for the moment of a product."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,6 +10,7 @@ from ..engine.errors import QuantError
 from ..engine.fused import frozen_linear
 from ..engine.rules import wide
 from ..engine.tensor import Tensor
+from ..lora.adapters import MixedLoRA
 from ..lora.lora import LoRALinear, is_adapter
 from ..model.layers import Linear, Rng
 from ..model.module import freeze, module, rebuild, to_device, walk
@@ -108,11 +110,13 @@ def merge_quantized(
     weights that the adapter was trained with.  `adapted` is left as it is; weights in codes that
     had no adapter stay and are shared.
     Errors: `NumericsError` naming the module whose merged weight would not be finite;
-    `QuantError` for another way, no quantized base, or an `original` that is missing or does
-    not fit.
+    `QuantError` for another way, no quantized base, an `original` that is missing or does not
+    fit, or a mixed batch, whose rows have no one weight.
     """
     if way not in WAYS:
         raise QuantError(f"way: expected one of {', '.join(WAYS)}; found {way!r}")
+    if any(isinstance(node, MixedLoRA) for _, node in walk(adapted)):
+        raise QuantError("merge_quantized: expected the same adapter for all rows, found a mixture")
     originals = {path: n for path, n in walk(original) if isinstance(n, Linear)}
     errors: dict[str, float] = {}
 
@@ -148,6 +152,9 @@ def merge_quantized(
 
 
 def distance(a: Any, b: Any) -> float:
-    """‖a - b‖ / ‖b‖ over all entries."""
+    """‖a - b‖ / ‖b‖ over all entries; 0 where they are equal, both zero too."""
     xp = xp_of(a)
-    return float(xp.sqrt(xp.square(a - b).sum()) / xp.sqrt(xp.square(b).sum()))
+    gap, whole = (float(xp.sqrt(xp.square(v).sum())) for v in (a - b, b))
+    if whole == 0:
+        return math.inf if gap else 0.0
+    return gap / whole
