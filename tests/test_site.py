@@ -182,6 +182,13 @@ def test_what_the_site_needs_is_named_and_nothing_is_left(monkeypatch, tmp_path)
         site.build_site(tmp_path / "site", CHAPTERS, tmp_path)
 
 
+def test_a_chapter_that_is_no_notebook_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(site, "NEEDED", ())
+    (tmp_path / "a.ipynb").write_text("[]")
+    with pytest.raises(FormatError, match=r"a\.ipynb: expected a notebook"):
+        site.build_site(tmp_path / "site", [tmp_path / "a.ipynb"], ROOT)
+
+
 @pytest.mark.parametrize("content", ["[]", "{}", '{"kind": "swap", "rows": []}'])
 def test_a_record_of_something_else_is_named(content, tmp_path):
     (tmp_path / "memory_by_model.json").write_text(content)

@@ -20,6 +20,7 @@ from typing import Any
 from ..engine.errors import MiniloraError
 from ..files.atomic import disk
 from .explore import explore_page, text_of
+from .write import read
 
 LIBRARY = Path(__file__).parent.parent
 FLOORS = ("engine", "model", "lora", "quant", "optim", "files", "train", "lab")
@@ -75,7 +76,7 @@ def build_site(folder: Path, chapters: Sequence[Path], root: Path = Path()) -> P
 
     Errors: `MiniloraError` where Sphinx or a companion is not installed, where there are no
     chapters, where `folder` holds anything else, or with Sphinx's warnings, none of which is
-    let pass; `MissingFileError` for the README or a record.
+    let pass; `MissingFileError` for the README or a record; `FormatError` for what is no notebook.
     """
     missing = [name for name in NEEDED if not util.find_spec(name)]
     if missing:
@@ -145,6 +146,7 @@ def write_sources(source: Path, chapters: Sequence[Path], root: Path) -> None:
     (source / "_static" / "site.css").write_text(CSS, "utf-8")
     (source / "_static" / "icon.svg").write_text(ICON, "utf-8")
     for chapter in chapters:
+        read(chapter)  # of what is no notebook Sphinx would tell at length
         (source / "chapters" / chapter.name).write_text(text_of(chapter), "utf-8")
     (source / "index.md").write_text(index_page(readme, chapters), "utf-8")
     (source / "explore.md").write_text(explore_page(root / "figures", source / "_static"), "utf-8")
