@@ -157,6 +157,8 @@ def test_multiplications_are_counted():
     assert multiplications(into, (a, b, np.empty((3, 5)))) == 60
     assert multiplications(lambda a, b: np.dot(a, b).dot(b.T), (a, b)) == 60 + 3 * 5 * 4
     assert multiplications(lambda a, b: np.dot(2, a) + a.dot(2.0), (a, b)) == 0
+    column = lambda a, b: a[0].dot(b) @ b.T + a[0].dot(np.dot(a.T, a[:, 0]))
+    assert multiplications(column, (a, b)) == 4 * 5 + 5 * 4 + 4 * 3 + 4
     into = lambda a, b, c: np.dot(a, b, out=c).sum()
     assert multiplications(into, (a, b, np.empty((3, 5)))) == 60
 

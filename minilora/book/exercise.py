@@ -195,7 +195,7 @@ class Counted(np.ndarray):
         return result.view(Counted) if isinstance(result, np.ndarray) else result
 
     def __array_function__(self, function: Any, types: Any, inputs: tuple, options: dict) -> Any:
-        if function is np.dot and [np.ndim(i) for i in inputs[:2]] == [2, 2]:
+        if function is np.dot and {np.ndim(i) for i in inputs[:2]} <= {1, 2}:
             return np.matmul(*inputs, **options)  # the same, and counted above
         return super().__array_function__(function, types, inputs, options)
 
