@@ -46,6 +46,20 @@ def test_a_rank_has_a_frame_with_its_tasks_and_their_gains():
             assert sum(gains) / len(gains) == pytest.approx(arm["gain_share"])
 
 
+def test_a_record_of_other_ranks_has_frames_and_one_of_other_methods_is_refused():
+    records = [record("compare_dates"), record("compare_planted")]
+    arms = records[1]["arms"]
+    records[1]["arms"] = [arm for arm in arms if arm["rank"] != 1]  # compare --ranks 2,4
+    assert "planted" not in explore.rank_frames(records)[0].words
+    for methods in (("full",), ("lora",)):
+        records[1]["arms"] = [arm for arm in arms if arm["method"] in methods]
+        if methods == ("lora",):
+            for arm in records[1]["arms"]:
+                arm["gain_share"] = None
+        with pytest.raises(MiniloraError, match="compare planted: expected LoRA beside a full"):
+            explore.rank_frames(records)
+
+
 @pytest.fixture(scope="module")
 def by_block():
     return explore.block_frames(record("codes_by_block"))

@@ -94,11 +94,17 @@ def svg(figure: Any) -> bytes:
 
 
 def rank_frames(records: Sequence[dict[str, Any]]) -> list[Frame]:
-    """A frame a rank of the first record: what LoRA gains, of what full fine-tuning gains."""
+    """A frame a rank of the first record: what LoRA gains, of what full fine-tuning gains.
+
+    Errors: `MiniloraError` for a record without LoRA, or without a gain to compare it with.
+    """
     arms = {r["task"]["name"]: {a["rank"]: a for a in r["arms"] if is_lora(a)} for r in records}
     by_name = {r["task"]["name"]: r for r in records}
     ranks = sorted(arms[records[0]["task"]["name"]])
-    order = sorted(arms, key=lambda name: -arms[name][ranks[0]]["gain_share"])
+    for name, by in arms.items():
+        if not by or any(arm["gain_share"] is None for arm in by.values()):
+            raise MiniloraError(f"compare {name}: expected LoRA beside a full one that gains")
+    order = sorted(arms, key=lambda name: -arms[name][min(arms[name])]["gain_share"])
     frames = []
     for rank in ranks:
         figure, (ax,) = canvas(5.4, 1.3 + 0.34 * len(order))
