@@ -92,6 +92,17 @@ def test_a_picture_is_what_its_record_draws(stem, tmp_path):
     assert np.abs(drawn - committed).mean() < 0.01
 
 
+@pytest.mark.parametrize("name", ["a$b_$c^{.txt", "caf\udce9.txt", "\\$1.txt"])
+def test_any_name_of_a_file_can_stand_in_a_figure(name, tmp_path):
+    """One with two dollars was read as a formula, one in another encoding as no text."""
+    record = read("perplexity")
+    record["data"]["name"] = name
+    perplexity.perplexity_figure(record, tmp_path / "a.png")
+    record = read("compare_text")
+    record["task"]["name"] = f"data:{name}"
+    figures.rank_vs_quality(record, tmp_path / "a.png")
+
+
 def test_counts_fit_on_their_axis(tmp_path, monkeypatch):
     """Bits stored are no share of one: the axis must reach them (it once ended at 1)."""
     kept = []

@@ -45,6 +45,11 @@ def save(figure: Any, path: str | Path) -> Path:
     return path
 
 
+def words(name: str) -> str:
+    """A file's name as a figure can show it: what is no text as "?", and no dollar as a formula."""
+    return name.encode(errors="replace").decode().replace("$", r"\$")
+
+
 def rank_vs_quality(record: dict[str, Any], path: str | Path) -> Path:
     """Score against rank: every seed a dot, full fine-tuning and the base as lines."""
     task, base = record["task"], record["base"]
@@ -85,8 +90,8 @@ def rank_vs_quality(record: dict[str, Any], path: str | Path) -> Path:
         ax.set_ylim(-0.04 * top, 1.04 * top)
     seeds = record["config"]["seeds"]
     ax.set_title(
-        f"{task['name']}: {task['steps']} steps, {seeds} seed{'s (dots)' if seeds > 1 else ''}, "
-        "each arm at its own learning rate",
+        f"{words(task['name'])}: {task['steps']} steps, "
+        f"{seeds} seed{'s (dots)' if seeds > 1 else ''}, each arm at its own learning rate",
         loc="left",
         fontsize=10,
     )

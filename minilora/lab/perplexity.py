@@ -18,7 +18,7 @@ from ..train.data import Data
 from ..train.loop import evaluate
 from ..train.task import token_loss
 from .answer import open_for_text
-from .figures import BLACK, BLUE, RED, canvas, save
+from .figures import BLACK, BLUE, RED, canvas, save, words
 from .ledger import held_bytes
 from .machine import machine
 from .report import size, table
@@ -132,7 +132,7 @@ def perplexity_figure(record: dict[str, Any], path: str | os.PathLike) -> Path:
                     xytext=(-8 if left else 8, 0), ha="right" if left else "left", va="center",
                     fontsize=9)  # fmt: skip
     ax.set_xlabel("weights held, MiB")
-    ax.set_ylabel(f"perplexity on {record['data']['name']}")
+    ax.set_ylabel(f"perplexity on {words(record['data']['name'])}")
     base = record["model"]["weights"]
     ax.set_title(f"codes on the linears; the base: {base}", loc="left", fontsize=10)
     ax.margins(0.2, 0.12)
