@@ -175,6 +175,10 @@ def test_what_a_mixture_refuses(base, three, dev):
         out(mix(base, [three["a"], None]), dev)
     with pytest.raises(AdapterError, match="found one with adapters"):
         mix(put(base, three["a"]), [three["a"]])
+    mixed = mix(base, [next(iter(three.values())), None])
+    for way in (merge, take):
+        with pytest.raises(AdapterError, match="one adapter for all rows, found more at"):
+            way(mixed)
 
 
 @pytest.mark.parametrize("forwards", [300, pytest.param(10_000, marks=pytest.mark.slow)])

@@ -21,7 +21,7 @@ from minilora import (
 from minilora.engine.backend import device_of, is_array
 from minilora.engine.backend import to_device as array_to_device
 from minilora.engine.check import retained
-from minilora.engine.errors import NumericsError, QuantError
+from minilora.engine.errors import AdapterError, NumericsError, QuantError
 from minilora.engine.rules import reference_rules
 from minilora.engine.tensor import Tensor
 from minilora.files.safetensors import write
@@ -182,7 +182,7 @@ def test_merges_that_cannot_be_made(way, original):
 def test_rows_with_adapters_of_their_own_are_not_merged():
     """The factors were merged one by one, into a tree that could no longer be called."""
     q = adapted(quantize(base()))
-    with pytest.raises(QuantError, match="all rows, found a mixture"):
+    with pytest.raises(AdapterError, match="one adapter for all rows, found more at"):
         merge_quantized(mix(quantize(base()), [take(q), None]))
 
 

@@ -53,8 +53,10 @@ Adapter = Mapping[str, Factors]  # by the path of the module
 def take(adapted: Any) -> Adapter:
     """The adapter of a tree, by path.  Arrays are shared; Parameters become Tensors.
 
-    Errors: `AdapterError` if there is none, or for one that is more than s B A on its base.
+    Errors: `AdapterError` if there is none, or for one that is more than s B A on its base,
+    or one of a mixed batch.
     """
+    expect_unmixed("take", adapted)
     for path, node in walk(adapted):
         if is_adapter(node):
             expect_plain("take", path, node)
@@ -195,6 +197,13 @@ class MixedLoRA:
                 parts.append(node.detour(x[rows]))
             start += n
         return y + concat(*parts, axis=0)[self.back]
+
+
+def expect_unmixed(what: str, tree: Any) -> None:
+    """Refuse a mixed batch, in which a layer is several."""
+    for path, node in walk(tree):
+        if isinstance(node, MixedLoRA):
+            raise AdapterError(f"{what}: expected one adapter for all rows, found more at {path}")
 
 
 def mix(model: Any, rows: Sequence[Adapter | None]) -> Any:

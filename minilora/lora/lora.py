@@ -261,8 +261,12 @@ def merge(adapted: Any, retie: bool = False) -> Any:
     A head tied to an adapted embedding keeps the old table, as it had it in training; with
     `retie` it takes the merged one, which is another function.  There is no unmerge:
     nothing was overwritten.
-    Errors: `NumericsError` naming the module whose merged weight would not be finite.
+    Errors: `NumericsError` naming the module whose merged weight would not be finite;
+    `AdapterError` for a mixed batch, whose rows have no one weight.
     """
+    from .adapters import expect_unmixed  # which builds on this file
+
+    expect_unmixed("merge", adapted)
     merged_tables: dict[int, Tensor] = {}
 
     def fold(path: str, node: Any) -> Any:

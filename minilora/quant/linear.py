@@ -10,7 +10,7 @@ from ..engine.errors import QuantError
 from ..engine.fused import frozen_linear
 from ..engine.rules import wide
 from ..engine.tensor import Tensor
-from ..lora.adapters import MixedLoRA
+from ..lora.adapters import expect_unmixed
 from ..lora.lora import LoRALinear, is_adapter
 from ..model.layers import Linear, Rng
 from ..model.module import freeze, module, rebuild, to_device, walk
@@ -110,13 +110,12 @@ def merge_quantized(
     weights that the adapter was trained with.  `adapted` is left as it is; weights in codes that
     had no adapter stay and are shared.
     Errors: `NumericsError` naming the module whose merged weight would not be finite;
-    `QuantError` for another way, no quantized base, an `original` that is missing or does not
-    fit, or a mixed batch, whose rows have no one weight.
+    `QuantError` for another way, no quantized base, or an `original` that is missing or does
+    not fit; `AdapterError` for a mixed batch, whose rows have no one weight.
     """
     if way not in WAYS:
         raise QuantError(f"way: expected one of {', '.join(WAYS)}; found {way!r}")
-    if any(isinstance(node, MixedLoRA) for _, node in walk(adapted)):
-        raise QuantError("merge_quantized: expected the same adapter for all rows, found a mixture")
+    expect_unmixed("merge_quantized", adapted)
     originals = {path: n for path, n in walk(original) if isinstance(n, Linear)}
     errors: dict[str, float] = {}
 
