@@ -21,8 +21,7 @@ from .lab.report import write_record
 OVERVIEW = """\
 minilora {version}: LoRA and QLoRA from scratch in NumPy.
 
-  minilora compare           full fine-tuning against LoRA, rank by rank: a
-                             table, two figures; in two minutes (--quick: 15 s)
+  minilora compare           full fine-tuning against LoRA, rank by rank
   minilora compare --task T  {tasks}
   minilora forgetting        what is learned against what is forgotten, as paths
   minilora swap              four adapters on one frozen base
