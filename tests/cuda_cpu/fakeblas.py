@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import CFUNCTYPE, POINTER, c_float, c_int, c_size_t, c_uint16, c_void_p
 from types import SimpleNamespace
+from weakref import WeakValueDictionary
 
 import numpy as np
 import pytest
@@ -128,11 +129,23 @@ def numbers(entries):
     return float32_of(entries) if entries.dtype == np.uint16 else entries
 
 
+found: WeakValueDictionary = WeakValueDictionary()  # by an address, the allocation it lies in
+
+
+def candidates(address):
+    """Where the address was found before, if that lives; then every allocation, newest first."""
+    known = found.get(address)
+    if known is not None:
+        yield known
+    yield from reversed(list(standin.roots.values()))
+
+
 def inside(address, size):
     """The allocation of the stand-in that these bytes lie in."""
-    for root in list(standin.roots.values()):
+    for root in candidates(address):
         start = root._a.ctypes.data
         if start <= address and address + size <= start + root._a.nbytes:
+            found[address] = root
             return root
     raise IndexError(f"{size} bytes at {address:#x} are in no allocation")
 
