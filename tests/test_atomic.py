@@ -5,7 +5,6 @@ import itertools
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from killed import killer
 
 from minilora.engine.errors import CheckpointError
 from minilora.files import atomic
@@ -383,9 +383,10 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(atomic.__file__).parents[2])
 
 LOOP = """
 import itertools, sys
+from killed import forked
 from minilora.files.atomic import replace_directory, replace_file
 path, kind = sys.argv[1:]
-print(flush=True)
+forked()
 for i in itertools.count(1):
     a, b = (bytes([i % 256]) * n for n in (3_000_000, 300_000))
     if kind == "file":
@@ -407,21 +408,16 @@ def bytes_in(path):
 def test_killed_at_random(tmp_path, kind, trials):
     rng, path = random.Random(trials), tmp_path / "saved"
     interrupted = 0
-    for trial in range(20 * trials):  # on a slow machine a few kills may all fall beside a save
-        if trial >= trials and interrupted:
-            break
-        child = subprocess.Popen(
-            [sys.executable, "-c", LOOP, path, kind], stdout=subprocess.PIPE, env=ENVIRONMENT
-        )
-        with child:
-            child.stdout.readline()
-            time.sleep(rng.uniform(0.001, 0.06))
-            child.send_signal(signal.SIGKILL)
-        interrupted += len(os.listdir(tmp_path)) > path.exists()
-        if path.exists():
-            values, size = bytes_in(path)
-            assert len(values) == 1
-            assert size == 3_300_000
+    with killer(LOOP, path, kind) as kill:
+        for trial in range(20 * trials):  # on a slow machine a few may all fall beside a save
+            if trial >= trials and interrupted:
+                break
+            assert kill(rng.uniform(0.001, 0.06))
+            interrupted += len(os.listdir(tmp_path)) > path.exists()
+            if path.exists():
+                values, size = bytes_in(path)
+                assert len(values) == 1
+                assert size == 3_300_000
     assert interrupted  # else this test has shown nothing
     if kind == "file":
         replace_file(path, b"last")

@@ -6,17 +6,13 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from killed import killer
 from real_files import adapted_of, model_of
 from test_atomic import Killed, Watched, failing_at, killed_at
 
-import minilora
 from minilora import SGD, AdamW, Data, fit, schedule
 from minilora.engine.errors import CheckpointError, MiniloraError
 from minilora.files import atomic, safetensors
@@ -356,11 +352,11 @@ def test_a_full_disk_leaves_the_older_states(tmp_path, monkeypatch, code):
 
 LOOP = """
 import sys
-sys.path.insert(0, sys.argv[2])
-import test_checkpoint as t
 from pathlib import Path
-print(flush=True)
-t.run("cpu", Path(sys.argv[1]), resume=True, steps=int(sys.argv[3]), every=1)
+from killed import forked
+from test_checkpoint import run
+forked()
+run("cpu", Path(sys.argv[1]), resume=True, steps=int(sys.argv[2]), every=1)
 """
 
 
@@ -371,24 +367,15 @@ def test_killed_while_training(tmp_path, device, host, trials):
         pytest.skip("starts processes of its own")
     rng, steps = random.Random(trials), 30
     known = run(device, steps=steps, every=1)
-    environment = {**os.environ, "PYTHONPATH": str(Path(minilora.__file__).parents[1])}
-    here, place = Path(__file__).parent, tmp_path / "c"
-    alive = interrupted = 0
-    for trial in range(trials):
-        child = subprocess.Popen(
-            [sys.executable, "-c", LOOP, place, here, str(steps)],
-            stdout=subprocess.PIPE, env=environment,
-        )  # fmt: skip
-        with child:
-            child.stdout.readline()
-            time.sleep(rng.uniform(0.0, 0.4))
-            alive += child.poll() is None
-            child.send_signal(signal.SIGKILL)
-        names = os.listdir(place) if place.exists() else []
-        interrupted += any(name.startswith(".step-") for name in names)
-        if trial % 10 == 9:  # begin anew, so that kills fall on every step
-            same(run(device, place, resume=True, steps=steps, every=1), known, host)
-            Checkpoints(place).clear()
+    place, alive, interrupted = tmp_path / "c", 0, 0
+    with killer(LOOP, place, steps) as kill:
+        for trial in range(trials):
+            alive += kill(rng.uniform(0.0, 0.4))
+            names = os.listdir(place) if place.exists() else []
+            interrupted += any(name.startswith(".step-") for name in names)
+            if trial % 10 == 9:  # begin anew, so that kills fall on every step
+                same(run(device, place, resume=True, steps=steps, every=1), known, host)
+                Checkpoints(place).clear()
     assert alive
     assert interrupted or trials < 50  # of 200 some fall into a save, else nothing was shown
     same(run(device, place, resume=True, steps=steps, every=1), known, host)

@@ -7,19 +7,15 @@ import os
 import random
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
+from killed import killer
 from real_files import FAMILIES, adapted_of, logits, misshapen, model_of, only_our_errors
 from test_atomic import Killed, Watched, failing_at, killed_at, without_exchange
 
-import minilora
 from minilora.engine.errors import (
     AdapterError,
     BaseMismatchWarning,
@@ -503,12 +499,12 @@ def test_a_fault_at_every_call_of_a_save(tmp_path, monkeypatch, code):
 
 LOOP = """
 import itertools, sys
-sys.path.insert(0, sys.argv[2])
+from killed import forked
 from real_files import adapted_of, model_of
 from minilora.files.peft import save_adapter
 base = model_of("llama")
 both = [adapted_of(base, seed=s, rank=r, alpha=r) for s, r in ((1, 3), (2, 4))]
-print(flush=True)
+forked()
 for i in itertools.count():
     save_adapter(sys.argv[1], both[i % 2])
 """
@@ -519,24 +515,16 @@ def test_killed_while_saving(tmp_path, trials):
     path, rng = tmp_path / "adapter", random.Random(trials)
     both = [freeze(adapted_of(BASE, seed=s, rank=r, alpha=r)) for s, r in ((1, 3), (2, 4))]
     known = [logits(a) for a in both]
-    root = Path(minilora.__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
     interrupted = 0
-    for trial in range(20 * trials):  # on a slow machine a few kills may all fall beside a save
-        if trial >= trials and interrupted:
-            break
-        child = subprocess.Popen(
-            [sys.executable, "-c", LOOP, path, Path(__file__).parent],
-            stdout=subprocess.PIPE, env=environment,
-        )  # fmt: skip
-        with child:
-            child.stdout.readline()
-            time.sleep(rng.uniform(0.001, 0.03))
-            child.send_signal(signal.SIGKILL)
-        interrupted += len(os.listdir(tmp_path)) > path.exists()
-        if path.exists():
-            found = logits(load_adapter(path, BASE))
-            assert any(np.array_equal(found, k) for k in known)
+    with killer(LOOP, path) as kill:
+        for trial in range(20 * trials):  # on a slow machine a few may all fall beside a save
+            if trial >= trials and interrupted:
+                break
+            assert kill(rng.uniform(0.001, 0.03))
+            interrupted += len(os.listdir(tmp_path)) > path.exists()
+            if path.exists():
+                found = logits(load_adapter(path, BASE))
+                assert any(np.array_equal(found, k) for k in known)
     assert interrupted  # else this test has shown nothing
     save_adapter(path, both[0])
     assert os.listdir(tmp_path) == ["adapter"]
