@@ -2,10 +2,13 @@
 
 import copy
 import json
+import os
 import random
 import time
 import tracemalloc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -159,6 +162,21 @@ def misshapen(rng: random.Random, value: dict) -> dict:
         else:
             inner[last] = copy.deepcopy(rng.choice(ODD))
     return value
+
+
+@contextmanager
+def refilled(path: Path) -> Iterator[Callable[[bytes], None]]:
+    """Yields `fill(content)`, which makes that the whole content of the file.
+
+    The file stays open: to empty one, a hundred thousand times, takes longer than what is tested.
+    """
+    with open(path, "wb", buffering=0) as file:
+
+        def fill(content: bytes) -> None:
+            os.pwrite(file.fileno(), content, 0)
+            os.truncate(file.fileno(), len(content))
+
+        yield fill
 
 
 def only_our_errors(cases: Iterable[Any], read: Callable[[Any], Any], size: int) -> int:

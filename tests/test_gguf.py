@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from real_files import mutated, only_our_errors
+from real_files import mutated, only_our_errors, refilled
 
 from minilora.engine.errors import FormatError, MissingFileError, NumericsError
 from minilora.files import gguf
@@ -244,11 +244,9 @@ def test_damaged_files_raise_only_our_errors(path, count):
     head, rng = len(content) - 900, random.Random(count)
 
     def damaged():
-        with open(path, "wb", buffering=0) as file:
+        with refilled(path) as fill:
             for _ in range(count):
-                raw = mutated(rng, content, head)
-                os.pwrite(file.fileno(), raw, 0)
-                os.truncate(file.fileno(), len(raw))
+                fill(mutated(rng, content, head))
                 yield
 
     accepted = only_our_errors(damaged(), lambda _: dict(gguf.read(path)), len(content))

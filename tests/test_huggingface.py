@@ -14,6 +14,7 @@ from real_files import (
     misshapen,
     model_of,
     only_our_errors,
+    refilled,
     tokenizer_of,
 )
 
@@ -225,8 +226,10 @@ def test_a_weight_too_large_for_float16_is_not_written(tmp_path):
 def test_misshapen_configs_raise_only_our_errors(tmp_path, name, count):
     whole, rng = config_json(FAMILIES[name]), random.Random(count)
     path = tmp_path / "config.json"
-    cases = (path.write_text(json.dumps(misshapen(rng, whole))) for _ in range(count))
-    assert 0 < only_our_errors(cases, lambda _: read_config(path), 10_000) < count
+    with refilled(path) as fill:
+        cases = (fill(json.dumps(misshapen(rng, whole)).encode()) for _ in range(count))
+        accepted = only_our_errors(cases, lambda _: read_config(path), 10_000)
+    assert 0 < accepted < count
 
 
 # ------------------------------------------------------------------ names, and models in GGUF

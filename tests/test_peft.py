@@ -13,7 +13,15 @@ import warnings
 import numpy as np
 import pytest
 from killed import killer
-from real_files import FAMILIES, adapted_of, logits, misshapen, model_of, only_our_errors
+from real_files import (
+    FAMILIES,
+    adapted_of,
+    logits,
+    misshapen,
+    model_of,
+    only_our_errors,
+    refilled,
+)
 from test_atomic import Killed, Watched, failing_at, killed_at, without_exchange
 
 from minilora.engine.errors import (
@@ -405,7 +413,7 @@ def test_damaged_adapters_raise_only_our_errors(tmp_path, count):
     without_digests(tmp_path / "a")
     raw, rng = (tmp_path / "a" / CONFIG).read_bytes(), random.Random(count)
 
-    def damaged():
+    def damaged(fill):
         for _ in range(count):
             content = bytearray(raw)
             for _ in range(rng.choice([1, 2, 4])):
@@ -420,10 +428,12 @@ def test_damaged_adapters_raise_only_our_errors(tmp_path, count):
                     )
                 else:
                     content[at] ^= 1 << rng.randrange(8)
-            (tmp_path / "a" / CONFIG).write_bytes(content)
+            fill(content)
             yield
 
-    accepted = only_our_errors(damaged(), lambda _: load_adapter(tmp_path / "a", model), len(raw))
+    load = lambda _: load_adapter(tmp_path / "a", model)
+    with refilled(tmp_path / "a" / CONFIG) as fill:
+        accepted = only_our_errors(damaged(fill), load, len(raw))
     assert 0 < accepted < count
 
 
@@ -436,12 +446,10 @@ def test_misshapen_configs_raise_only_our_errors(folder, count):
         "layers_pattern": None,
     }
 
-    def damaged():
-        for _ in range(count):
-            (folder / CONFIG).write_text(json.dumps(misshapen(rng, whole)))
-            yield
-
-    assert 0 < only_our_errors(damaged(), lambda _: read_adapter_config(folder), 1_000) < count
+    with refilled(folder / CONFIG) as fill:
+        cases = (fill(json.dumps(misshapen(rng, whole)).encode()) for _ in range(count))
+        accepted = only_our_errors(cases, lambda _: read_adapter_config(folder), 1_000)
+    assert 0 < accepted < count
 
 
 # ------------------------------------------------------------------ kills and full disks

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from real_files import only_our_errors
+from real_files import only_our_errors, refilled
 
 from minilora.engine.errors import (
     CheckpointError,
@@ -480,11 +480,10 @@ def mutate(rng, content):
 def mutants(path, count, seed):
     """`count` damaged files, each in turn under `path`."""
     rng, files = random.Random(seed), small_files()
-    with open(path, "wb", buffering=0) as file:  # kept open: to empty a file and refill it is slow
+    with refilled(path) as fill:
         for i in range(count):
             content = mutate(rng, files[i % len(files)])
-            os.pwrite(file.fileno(), content, 0)
-            os.truncate(file.fileno(), len(content))
+            fill(content)
             yield content
 
 

@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from real_files import ODD, TEXT, misshapen, mutated, only_our_errors, tokenizer_of
+from real_files import (
+    ODD,
+    TEXT,
+    misshapen,
+    mutated,
+    only_our_errors,
+    refilled,
+    tokenizer_of,
+)
 
 from minilora.engine.errors import FormatError, MiniloraError, MissingFileError
 from minilora.files.bpe import ALPHABET, BYTE, learn_merges, merge_word, spell
@@ -344,8 +352,9 @@ def test_damaged_tokenizers_raise_only_our_errors(tmp_path, count):
     tokenizer = train_tokenizer("ab ab ab", 258)
     content = tokenizer_json(tokenizer)
     path, rng = tmp_path / "tokenizer.json", random.Random(count)
-    cases = (path.write_bytes(mutated(rng, content, len(content))) for _ in range(count))
-    accepted = only_our_errors(cases, lambda _: read_tokenizer(tmp_path), len(content))
+    with refilled(path) as fill:
+        cases = (fill(mutated(rng, content, len(content))) for _ in range(count))
+        accepted = only_our_errors(cases, lambda _: read_tokenizer(tmp_path), len(content))
     assert 0 < accepted < count
 
 
@@ -364,14 +373,14 @@ def test_misshapen_tokenizers_raise_only_our_errors(tmp_path, count):
     settings = {"chat_template": CHATML, "eos_token": {"content": "<|endoftext|>"}}
     names, rng = ("tokenizer.json", "tokenizer_config.json"), random.Random(count)
 
-    def cases():
+    def cases(*fills):
         for _ in range(count):
             damaged = misshapen(rng, {names[0]: content, names[1]: settings})
             main = damaged.get(names[0])
             if isinstance(main, dict) and isinstance(main.get("model"), dict):
                 main["model"].setdefault("vocab", vocab)
-            for name in names:
-                (tmp_path / name).write_text(json.dumps(damaged.get(name)))
+            for name, fill in zip(names, fills, strict=True):
+                fill(json.dumps(damaged.get(name)).encode())
             yield
 
     def use(_):
@@ -379,7 +388,9 @@ def test_misshapen_tokenizers_raise_only_our_errors(tmp_path, count):
         tokenizer.encode("ab é")
         tokenizer.decode(range(len(tokenizer)), control=True)
 
-    assert 0 < only_our_errors(cases(), use, 20_000) < count
+    with refilled(tmp_path / names[0]) as main, refilled(tmp_path / names[1]) as other:
+        accepted = only_our_errors(cases(main, other), use, 20_000)
+    assert 0 < accepted < count
 
 
 def metadata(**changes):
