@@ -87,6 +87,20 @@ def test_a_step_is_that_of_the_kernel_written_by_hand(reference, device, dev, ho
         p = host(o.flat.named["large"].data).ravel().astype(np.float64)
 
 
+@pytest.mark.parametrize("reference", [False, True])
+def test_a_first_moment_keeps_its_sign(reference, device, dev, host):
+    """Of two that are nearest to 0, the negative one takes the level below it."""
+    o, levels = AdamW8bit(drawn(device)), code("dynamic").table
+    g = np.zeros((SMALL + 70, 1), np.float32)
+    g[:4, 0] = 1, 1e-9, -1e-9, -0.5
+    o.flat.gradients[o.flat.named["large"]] += dev(g)
+    with reference_rules() if reference else nullcontext():
+        o.step()
+    found = levels[o.state()["m.large"][:4]]
+    assert found.tolist()[:3] == [1, 0, levels[levels < 0].max()]
+    assert abs(found[3] + 0.5) < 0.01
+
+
 @given(st.integers(1, 3 * BLOCK), st.integers(0, 99))
 def test_blocks_stand_alone(device, xp, dev, host, n, seed):
     """Blocks, the short last one too, are encoded as if there were no others."""
