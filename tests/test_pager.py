@@ -1,5 +1,6 @@
 """The pager against a dictionary, on devices that do what they may as late as they may."""
 
+import gc
 import os
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from minilora import AdamW, MiniloraError, Parameter, Tensor, module
 from minilora.engine.errors import CheckpointError
 from minilora.optim.flat import Group
-from minilora.optim.page_devices import FileDevice, SimulatedDevice
+from minilora.optim.page_devices import Copy, FileDevice, SimulatedDevice
 from minilora.optim.paged import PagedAdamW
 from minilora.optim.pager import Pager
 
@@ -60,12 +61,15 @@ class PagerMachine(RuleBasedStateMachine):
 
     @rule(slots=st.integers(0, 6))
     def shrink(self, slots):
+        before = self.pager.slots
         self.pager.shrink(slots)
-        assert self.pager.slots <= max(1, slots)
+        assert self.pager.slots == min(before, max(1, slots))
 
     @rule(slots=st.integers(1, 7))
     def grow(self, slots):
+        before = self.pager.slots
         self.pager.grow(slots)
+        assert self.pager.slots == max(before, min(slots, len(self.model)))
         self.limit = max(self.limit, min(slots, len(self.model)))
 
     @rule()
@@ -117,6 +121,62 @@ def test_next_use_moves_less_than_lru():
     assert moves["next-use"] < 0.7 * moves["lru"]
 
 
+def belady(uses, slots):
+    """How many loads are needed at least, by the textbook: what is used last of all goes."""
+    held, loads = set(), 0
+    for now, page in enumerate(uses):
+        if page not in held:
+            loads += 1
+            later = uses[now + 1 :]
+            if len(held) == slots:
+                held.remove(max(held, key=lambda p: later.index(p) if p in later else len(uses)))
+            held.add(page)
+    return loads
+
+
+@pytest.mark.parametrize("pages", [1, 2, 5, 12])
+def test_next_use_moves_as_little_as_can_be(pages):
+    for slots in range(1, pages + 1):
+        pager = Pager(SimulatedDevice(pages, SHAPE), pages, slots, "next-use", ahead=0)
+        sweep(pager, 5)
+        assert pager.count("in") == belady([*range(pages)] * 5, slots)
+
+
+def test_lru_evicts_what_was_used_longest_ago():
+    pager = Pager(SimulatedDevice(3, SHAPE), 3, 2, "lru", ahead=0)
+    for page in (0, 1, 0, 2):
+        pager.use(page)
+        pager.done(page)
+    assert list(pager.resident) == [0, 2]
+
+
+@pytest.mark.parametrize("slots, ahead, there", [
+    (4, 0, [3]), (4, 2, [3, 4, 0]), (4, 9, [3, 4, 0, 1]), (2, 9, [3, 4]), (1, 9, [3]),
+])  # fmt: skip
+def test_the_next_pages_are_on_their_way(slots, ahead, there):
+    """As many as there are slots for: none pushes another out."""
+    pager = Pager(SimulatedDevice(5, SHAPE), 5, slots, ahead=ahead)
+    pager.use(3)
+    assert list(pager.resident) == there
+    assert pager.count("in") == len(there)
+
+
+def test_the_log_tells_all_that_happened():
+    """At which use, what, to which page, in which slot; what nobody wrote is dropped."""
+    pager = Pager(SimulatedDevice(3, SHAPE), 3, 2, ahead=1)
+    pager.use(0)
+    pager.done(0)
+    pager.use(1, write=False)
+    pager.done(1)
+    pager.shrink(1)
+    pager.grow(2)
+    assert pager.log == [
+        (0, "fault", 0, None), (0, "in", 0, 1), (1, "in", 1, 0),
+        (1, "hit", 1, 0), (2, "out", 0, 1), (2, "in", 2, 1),
+        (2, "drop", 1, 0), (2, "shrink", None, 0), (2, "grow", None, 0),
+    ]  # fmt: skip
+
+
 def test_the_log_is_the_same_on_every_device():
     logs = []
     for make in (SimulatedDevice, FileDevice):
@@ -163,6 +223,37 @@ def test_a_missing_dependency_shows():
     pager.done(1)
     pager.flush()
     assert not (device.read(0) == 5).all()
+
+
+def test_no_copy_comes_before_the_computation_on_its_slot():
+    """Neither the one that writes the page back nor the one that takes the slot of a clean page."""
+
+    class Notes(SimulatedDevice):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.seen = []
+
+        def computed(self):
+            return Copy(None, [])  # an event that has come
+
+        def copy_in(self, page, slot, after):
+            self.seen.append(("in", page, after))
+            return super().copy_in(page, slot, after)
+
+        def copy_out(self, page, slot, after):
+            self.seen.append(("out", page, after))
+            return super().copy_out(page, slot, after)
+
+    device = Notes(3, SHAPE)
+    pager = Pager(device, 3, 1, ahead=0)
+    releases = []
+    for page in range(3):
+        pager.use(page, write=page == 0)
+        pager.done(page)
+        releases.append(pager.resident[page].release)
+    assert [seen[:2] for seen in device.seen] == [("in", 0), ("out", 0), ("in", 1), ("in", 2)]
+    assert releases[0] in device.seen[1][2]
+    assert releases[1] in device.seen[3][2]
 
 
 @pytest.mark.parametrize(
@@ -245,6 +336,10 @@ def test_a_spike_is_survived_to_the_bit():
     assert train(plain, seed=2) == train(paged, seed=2)
     paged.pager.grow(slots)
     assert train(plain, seed=3) == train(paged, seed=3)
+    paged.pager.shrink(3)
+    paged.restore(paged.state())
+    assert len(paged.device.slots) == paged.pager.slots == 3  # none is left open by the old pager
+    assert train(plain, seed=4) == train(paged, seed=4)
 
 
 @pytest.mark.parametrize("what", ["pwrite", "preadv"])
@@ -299,11 +394,17 @@ def test_a_disk_that_fails_outside_a_step(what, act, monkeypatch):
         patch.setattr(page_devices.os, what, fail)
         with pytest.raises(CheckpointError, match=r"Input/output error.*restore both"):
             act(paged, saved)
-    before = paged.flat.data.tobytes()
-    for use in (train, PagedAdamW.state, lambda p: p.pager.shrink(1), lambda p: p.pager.flush()):
+    before = paged.flat.data.tobytes(), paged.control.tobytes()
+    for use in (
+        train, PagedAdamW.state, lambda p: p.pager.use(0), lambda p: p.pager.shrink(1),
+        lambda p: p.pager.flush(),
+    ):  # fmt: skip
         with pytest.raises(CheckpointError, match="restore both"):
             use(paged)
-    assert paged.flat.data.tobytes() == before  # refused before anything is written
+    assert (
+        paged.flat.data.tobytes(),
+        paged.control.tobytes(),
+    ) == before  # refused before anything is written
     paged.flat.data[...] = weights
     paged.flat.grad.fill(0)
     paged.restore(saved)
@@ -319,6 +420,12 @@ def test_pages_lie_in_the_folder_that_was_asked_for(tmp_path):
     assert os.fstat(paged.device.file).st_dev == tmp_path.stat().st_dev
     where = os.readlink(f"/proc/self/fd/{paged.device.file}")
     assert where.startswith(str(tmp_path))
+    assert not list(tmp_path.iterdir())  # no name is left there, whatever ends the process
+    file = paged.device.file
+    del paged
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(file)
     with pytest.raises(MiniloraError, match="folder: expected one to write to, found"):
         PagedAdamW(drawn(), page=16, pages="file", folder=tmp_path / "none")
 

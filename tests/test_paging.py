@@ -96,6 +96,9 @@ def test_a_step_on_a_card_never_waits_for_it(card, device, dev, xp):
     with no_sync():
         train(paged, dev)
     assert paged.pager.count("out") > 0
+    used = [r for r in paged.pager.resident.values() if r.used >= 0]
+    assert used
+    assert all(r.release is not None for r in used)  # what a copy to come waits for
 
 
 def test_a_missing_wait_shows_on_a_card(card, host):
