@@ -238,6 +238,16 @@ def test_threads_give_the_same_bytes(dev, host):
     assert together == alone
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(0,), (3, 0)])
+def test_nothing_has_no_codes_and_no_scales(name, shape, dev, host):
+    for rules in (nullcontext, reference_rules):
+        with rules():
+            q = quantize_array(dev(np.zeros(shape, np.float32)), name)
+            assert (host(q.packed).size, host(q.scales).size, q.nbytes) == (0, 0, 0)
+            assert host(q.dense()).shape == shape
+
+
 @pytest.mark.parametrize("size", [0, 5, 64 * 1024, 300_001, 3 << 18])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_each_thread_has_as_many_chunks(count, size):
