@@ -395,6 +395,19 @@ def test_frozen_weights_become_bf16_and_nothing_else_does(style):
         to_bf16(init_transformer(STYLES[style], np.random.default_rng(0)))
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_a_model_in_bfloat16_gets_factors_in_float32(style, device):
+    """The very ones that one in float32 gets."""
+    base = freeze(init_transformer(STYLES[style], np.random.default_rng(0), 0.15))
+    draw = lambda model: adapt(model, "*", rank=4, rng=np.random.default_rng(1))
+    wanted, found = tensors(to_bf16(draw(base))), tensors(draw(to_device(to_bf16(base), device)))
+    assert found.keys() == wanted.keys()
+    for path, t in found.items():
+        assert t.dtype == wanted[path].dtype, path
+        assert isinstance(t, Parameter) == isinstance(wanted[path], Parameter)
+        assert t.numpy().tobytes() == wanted[path].numpy().tobytes(), path
+
+
 def trained(model, device, steps=12):
     """Losses of a run in which a tenth of them is lost."""
     optimizer = AdamW(to_device(model, device), lr=1e-2)

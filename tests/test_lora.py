@@ -139,7 +139,8 @@ def test_training_leaves_the_bytes_of_the_base(dev, device, host, sizes, make):
 @pytest.mark.parametrize("stabilized", [False, True])
 @given(st.integers(1, 64), st.floats(0.5, 64))
 def test_the_scale(device, stabilized, r, alpha):
-    node = layer(device, 3, 3, r, alpha=alpha, rank_stabilized=stabilized)
+    options = {"rank_stabilized": True} if stabilized else {}  # not so unless it is said
+    node = layer(device, 3, 3, r, alpha=alpha, **options)
     assert node.scale == alpha / (math.sqrt(r) if stabilized else r)
     assert node.rank == r
 
@@ -203,6 +204,11 @@ def test_a_starts_as_said_and_b_at_zero(init, bound, model, host):
     a = adapt(model, rank=8, rng=np.random.default_rng(0), init=init)
     for p, t in parameters(a).items():
         assert host(t.data).tobytes() == host(parameters(adapted)[p].data).tobytes()
+
+
+def test_what_is_not_said_is_rank_8_and_scale_2(model):
+    nodes = [n for _, n in walk(adapt(model, rng=np.random.default_rng(0))) if is_adapter(n)]
+    assert {(n.rank, n.alpha, n.scale, n.dropout) for n in nodes} == {(8, 16.0, 2.0, 0.0)}
 
 
 def test_adapting_shares_the_base_and_leaves_it_alone(model, dev, host):
@@ -274,6 +280,9 @@ def test_factors_that_do_not_fit_are_refused(A, B, device, dev):
     base = layer(device, 3, 4, 2).base
     with pytest.raises(AdapterError, match=r"expected A \(r, 4\) and B \(3, r\)"):
         LoRALinear(base, Tensor(dev(np.ones(A))), Tensor(dev(np.ones(B))), 1.0)
+    table = Embedding(Tensor(dev(np.ones((4, 3)))))  # a row an id: d_in of them
+    with pytest.raises(AdapterError, match=r"expected A \(r, 4\) and B \(3, r\)"):
+        LoRAEmbedding(table, Tensor(dev(np.ones(A))), Tensor(dev(np.ones(B))), 1.0)
 
 
 # -------------------------------------------------------------------------- embeddings
@@ -301,6 +310,8 @@ def trained_embedding(model, host, dev):
 def test_its_rows_are_those_of_the_table_plus_delta(model, dev, host):
     node = trained_embedding(model, host, dev).embedding
     ids = some_ids(dev)
+    delta = 6.0 / 3 * host(node.A.data).T @ host(node.B.data).T
+    np.testing.assert_allclose(host(node.delta()), delta, rtol=1e-5, atol=1e-5)
     table = host(node.base.weight.data) + host(node.delta())
     np.testing.assert_allclose(host(node(ids).data), table[host(ids)], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(host(node.delta())[4], 0)
