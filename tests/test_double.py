@@ -121,6 +121,7 @@ def test_the_offset_is_correctly_rounded(dev):
     assert mean_scale(dev(scales)) == float(np.float32((10**8 + 4095) / 4096))
     assert mean_scale(scales) == mean_scale(np.concatenate([scales[1:], scales[:1]]))
     assert mean_scale(dev(np.zeros(0, np.float32))) == 0
+    assert mean_scale(dev(np.float32([3]))) == 3
 
 
 def test_the_offset_is_a_float32(dev):

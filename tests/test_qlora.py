@@ -1,6 +1,7 @@
 """QLoRA: the numbers of LoRA over the weights that the codes mean, and a base that never moves."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -38,6 +39,7 @@ from minilora.lora.adapters import mix, take
 from minilora.lora.lora import LoRALinear, is_adapter
 from minilora.model.layers import Linear
 from minilora.model.module import rebuild, tensors, walk
+from minilora.quant.double import DoubleScales
 from minilora.quant.linear import QuantizedLinear, dequantize, distance, merge_quantized, quantize
 
 CONFIG = TransformerConfig(vocab=11, width=64, layers=2, heads=4, context=32)
@@ -140,10 +142,27 @@ def test_three_ways_to_merge(device, dev, host):
     for way in ("original", "requantized"):
         assert min(results[way][1].values()) > 0.01
         assert results[way][2] > 10 * results["dequantized"][2]
-    assert any(isinstance(n, QuantizedLinear) for _, n in walk(results["requantized"][0]))
+        node, plain = (m.blocks[1].mlp.up for m in (q, results[way][0]))
+        wanted, found = host(node.base.dense() + node.delta()), host(plain.dense())
+        error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+        assert results[way][1]["blocks.1.mlp.up"] == pytest.approx(error, rel=1e-4)
+    same = host(adapted(original)(x).data)  # those factors on the weights that were never codes
+    np.testing.assert_allclose(host(results["original"][0](x).data), same, rtol=0, atol=1e-4)
     assert all(
         isinstance(n, Linear) for p, n in walk(merge(q)) if p.endswith(("query", "up", "down"))
     )
+
+
+@pytest.mark.parametrize("options", [{}, {"double": False}, {"double": True, "block": 128}])
+def test_scales_are_codes_too_unless_that_is_refused(options, device):
+    """And what is requantized is as it was."""
+    q = quantize(base(device), **options)
+    again, _ = merge_quantized(adapted(q), "requantized")
+    for model in (q, again):
+        held = [n.weight for _, n in walk(model) if isinstance(n, QuantizedLinear)]
+        assert len(held) == 14
+        assert {isinstance(w.scales, DoubleScales) for w in held} == {options != {"double": False}}
+        assert {(w.block, w.code.name) for w in held} == {(options.get("block", 64), "nf4")}
 
 
 def test_adapters_on_other_modules_are_merged_too(dev, host):
@@ -175,6 +194,9 @@ def test_adapters_on_other_modules_are_merged_too(dev, host):
 def test_merges_that_cannot_be_made(way, original):
     with pytest.raises(QuantError, match="expected"):
         merge_quantized(adapted(quantize(base())), way, original)
+    small = init_transformer(replace(CONFIG, width=32), np.random.default_rng(0))
+    with pytest.raises(QuantError, match=r"a Linear \(64, 64\) at blocks\.0\.attention\.query"):
+        merge_quantized(adapted(quantize(base())), "original", small)
     with pytest.raises(QuantError, match="found none"):
         merge_quantized(adapted(base()), "dequantized")
 
