@@ -1,6 +1,7 @@
 """run(N) equals run(k) and a resumed rest, to the bit; a kill loses at most what was not saved."""
 
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -20,7 +21,14 @@ from minilora.model.module import to_device
 from minilora.optim.adam8bit import AdamW8bit
 from minilora.optim.flat import lora_plus
 from minilora.quant.linear import quantize
-from minilora.train.checkpoint import KEEP, Checkpoints, State
+from minilora.train.checkpoint import (
+    KEEP,
+    STATE,
+    STATE_DIGEST,
+    Checkpoints,
+    State,
+    digest_of_arrays,
+)
 
 STEPS = 7
 
@@ -38,10 +46,10 @@ def loss(model, batch, rng):
 KINDS = {"adamw": AdamW, "adamw8bit": AdamW8bit, "sgd": lambda m, lr: SGD(m, lr=lr, momentum=0.9)}
 
 
-def optimizer(device, kind="adamw", rank=2):
+def optimizer(device, kind="adamw", rank=2, lr=5e-3):
     """Adapters with dropout, so that the random streams matter."""
     model = to_device(model_of("llama"), device)
-    return KINDS[kind](adapted_of(model, rank=rank, dropout=0.2), lr=5e-3)
+    return KINDS[kind](adapted_of(model, rank=rank, dropout=0.2), lr=lr)
 
 
 def run(device, folder=None, stop_after=None, resume=False, kind="adamw", **options):
@@ -173,15 +181,23 @@ def test_notes_and_tensors_need_their_digests(tmp_path):
     safetensors.write(path, dict(stored), notes)
     with pytest.raises(CheckpointError, match="notes do not match"):
         Checkpoints(tmp_path).read(path)
+    text = json.dumps({"x": 2})
+    notes = {STATE: text, STATE_DIGEST: hashlib.sha256(text.encode()).hexdigest()}
+    a = {"dtype": "F64", "shape": [1], "data_offsets": [0, 8]}
+    header = json.dumps({"__metadata__": notes, "a": a}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + np.ones(1).tobytes())
+    assert dict(safetensors.read(path))["a"] == 1  # sound, as far as anyone can tell
+    with pytest.raises(CheckpointError, match="tensors without a sha256"):
+        Checkpoints(tmp_path).read(path)
 
 
 # ------------------------------------------------------------------ whose they are
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"batch": 5}, {"seed": 4}, {"steps": 9}, {"clip": None}, {"shards": 2}, {"every": 3}],
-)
+@pytest.mark.parametrize("changes", [
+    {"batch": 5}, {"seed": 4}, {"steps": 9}, {"clip": None}, {"shards": 2}, {"every": 3},
+    {"accumulate": 2},
+])  # fmt: skip
 def test_another_run_is_refused(tmp_path, device, changes):
     run(device, tmp_path / "c", stop_after=3)
     (name,) = changes
@@ -195,11 +211,21 @@ def test_other_data_another_model_and_another_purpose(tmp_path, device):
     for o, d, about, message in (
         (optimizer(device), data(seed=1), {}, "train: saved"),
         (optimizer(device, rank=3), data(), {}, "expected"),
+        (optimizer(device, lr=6e-3), data(), {}, "lr: saved 0.005, now 0.006"),
         (optimizer(device, "sgd"), data(), {}, "optimizer: saved"),
         (optimizer(device), data(), {"model": "other"}, "about: saved"),
     ):
         with pytest.raises(MiniloraError, match=message):
             fit(o, loss, d, checkpoints=Checkpoints(tmp_path, about), **settings)
+
+
+def test_a_digest_is_of_names_types_shapes_and_bytes():
+    a = np.arange(6, dtype=np.int32)
+    others = [("b", a), ("a", a.view(np.float32)), ("a", a.reshape(2, 3)), ("a", a[::-1])]
+    digests = [digest_of_arrays([pair]) for pair in [("a", a), *others]]
+    assert len(set(digests)) == 5
+    assert digest_of_arrays([("a", a[::-1].copy())]) == digests[-1]
+    assert digest_of_arrays([("a", a), ("b", a)]) not in digests
 
 
 @pytest.mark.parametrize("form", ["plain", "codes"])

@@ -328,9 +328,11 @@ def test_data_counts_what_is_scored(device):
     assert Data({"x": np.zeros((4, 2))}).scored.tolist() == [1] * 4
     classes = Data({"x": np.zeros((3, 2)), "targets": np.array([1, IGNORE, 0])})
     assert classes.scored.tolist() == [1, 0, 1]
-    for bad in ({"a": np.zeros(2), "b": np.zeros(3)}, {"a": np.zeros(0)}, {"a": np.zeros(())},
-                {"targets": [1, 2]}):  # fmt: skip
-        with pytest.raises(MiniloraError, match="Data: expected"):
+    for bad in ({"a": np.zeros(2), "b": np.zeros(3)}, {"a": np.zeros(0)}):
+        with pytest.raises(MiniloraError, match="Data: expected arrays of one length"):
+            Data(bad)
+    for bad in ({"a": np.zeros(())}, {"targets": [1, 2]}):
+        with pytest.raises(MiniloraError, match="Data: expected a NumPy array of examples"):
             Data(bad)
     with pytest.raises(MiniloraError, match="scored target"):
         Data({"ids": np.zeros((1, 2), int), "targets": np.full((1, 2), IGNORE)})
