@@ -19,6 +19,7 @@ from minilora import (
     walk,
 )
 from minilora.engine.errors import AdapterError
+from minilora.lora.lora import is_adaptable
 from minilora.model.module import cast, tensors
 from minilora.model.targets import select
 
@@ -121,6 +122,7 @@ def test_summary_shows_shapes_counts_and_what_trains():
     assert f"Transformer: {count(model):,} ({count(model):,} train)" in text
     assert "0 Block x 3" in text
     assert "weight (8, 8) float32 trains" in text
+    assert f"Transformer: {count(model):,} (0 train)" in summary(freeze(model))
     assert "frozen" in summary(freeze(model))
     assert all(len(line) <= 100 for line in text.splitlines())
 
@@ -145,6 +147,21 @@ def test_summary_keeps_neighbors_of_another_kind_apart():
         [One(single, np.zeros(2, np.uint8)), One(single, np.zeros(3, np.uint8))],
     ):  # fmt: skip
         assert " x 2" not in summary(pair)
+
+
+def test_summary_line_by_line(tree):
+    assert summary(tree).splitlines() == [
+        "Tree: 11 (6 train)",
+        "  first Leaf: 6 (6 train)",
+        "    w (2, 3) float32 trains",
+        "  rest tuple: 10 (6 train)",
+        "    0 Leaf: 4 (0 train)",
+        "      w (4,) float32 frozen",
+        "    1 Leaf: 6 (6 train)",
+        "      w (2, 3) float32 trains",
+        "  table list: 1 (0 train)",
+        "    0 (1,) float32 frozen",
+    ]
 
 
 # ----------------------------------------------------------------------------- targets
@@ -177,7 +194,21 @@ def test_targets(targets, expected, model):
     assert chosen == [path for path, _ in walk(model) if path in set(chosen)]
 
 
-@pytest.mark.parametrize("targets", ["quer", "ery", "blocks.9.mlp.up", "que?y", "[q]uery", [], ""])
+def test_all_linear_is_no_embedding_where_those_fit(model):
+    assert select(model, "all-linear", is_adaptable) == select(model, "all-linear")
+    assert select(model, ["query", "embedding"], is_adaptable) == [
+        "embedding", "blocks.0.attention.query", "blocks.1.attention.query",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("targets", [
+    "quer", "ery", "blocks.9.mlp.up", "que?y", "[q]uery", "*que?y", "*[q]uery", "",
+])  # fmt: skip
 def test_targets_that_match_nothing_list_what_there_is(targets, model):
-    with pytest.raises(AdapterError, match=r"matches nothing; there are: .*query|at least one"):
+    there = r"matches nothing; there are: down, gate, head, key, output, query, up, value \(as in "
+    with pytest.raises(AdapterError, match=there + r"blocks\.0\.attention\.query\)$"):
         select(model, targets)
+    with pytest.raises(AdapterError, match="there are: none at all"):
+        select(Leaf(Tensor(np.ones(1))), targets)
+    with pytest.raises(AdapterError, match="at least one"):
+        select(model, [])

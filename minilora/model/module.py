@@ -76,12 +76,10 @@ def rebuild(tree: Any, visit: Callable[[str, Any], Any]) -> Any:
     is shared.  A node reached twice is visited once, by its first path, so that tied
     weights stay tied.
     """
-    memo: dict[int, Any] = {}
-    held = []  # the ids in `memo` must not be reused while we run
+    memo: dict[int, Any] = {}  # by id: the tree holds its nodes, so that none is used again
 
     def build(path: str, node: Any) -> Any:
         if id(node) not in memo:
-            held.append(node)
             new = visit(path, node)
             if new is node:
                 parts = children(node)
