@@ -25,7 +25,7 @@ from minilora.engine.check import retained
 from minilora.engine.errors import NumericsError
 from minilora.engine.loss import IGNORE, cross_entropy
 from minilora.model.cache import KVCache, LayerCache, remembered
-from minilora.model.generate import draw, for_decoding
+from minilora.model.generate import draw, each_token, for_decoding
 from minilora.model.module import cast, tensors
 
 SHAPE = {"vocab": 19, "width": 24, "layers": 2, "heads": 4, "context": 48}
@@ -251,6 +251,25 @@ def test_stop_tokens_in_any_collection_end_the_work(kind, device, monkeypatch):
     made.clear()
     assert generate(model, [[1, 2]], 12, stop=kind([free[3], 18])) == [free[: free.index(free[3])]]
     assert len(made) == free.index(free[3]) + 1
+
+
+def test_once_all_rows_have_stopped_no_token_is_asked_for(device, monkeypatch):
+    asked = []
+
+    def counting(*arguments, **options):
+        for token in each_token(*arguments, **options):
+            asked.append(to_numpy(token))
+            yield token
+
+    monkeypatch.setattr("minilora.model.generate.each_token", counting)
+    model = freeze(built("gpt2", device))
+    prompts = [[1, 2], [3, 4, 5]]
+    free = generate(model, prompts, 12)
+    stops = [free[0][2], free[1][5]]
+    ends = [min(row.index(stop) for stop in stops if stop in row) for row in free]
+    asked.clear()
+    generate(model, prompts, 12, stop=stops)
+    assert len(asked) == max(ends) + 1 < 12
 
 
 @given(
