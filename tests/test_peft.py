@@ -38,7 +38,7 @@ from minilora.files.names import gguf_name, hf_name, to_halves
 from minilora.files.peft import WEIGHTS, load_adapter, save_adapter
 from minilora.files.peft_config import CONFIG, read_adapter_config
 from minilora.lora.adapters import take
-from minilora.lora.lora import merge
+from minilora.lora.lora import is_adapter, merge
 from minilora.model.module import freeze, parameters, rebuild, tensors, unfreeze, walk
 from minilora.quant.linear import quantize
 
@@ -65,6 +65,8 @@ def same_adapter(a, b):
     assert ours.keys() == theirs.keys()
     for path, tensor in ours.items():
         assert theirs[path].data.tobytes() == tensor.data.tobytes(), path
+    settings = lambda tree: [(n.scale, n.dropout) for _, n in walk(tree) if is_adapter(n)]
+    assert settings(a) == settings(b)
 
 
 # ------------------------------------------------------------------ there and back
@@ -240,7 +242,7 @@ def test_18_configs_that_are_none(folder, raw, message):
         ({"use_dora": 1}, "use_dora: expected true or false"),
         ({"bias": "all"}, "bias: expected nothing"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"init_lora_weights": "pissa"}, "leaves the base alone"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights: expected an initialization that"),
         ({"init_lora_weights": "lora_ga"}, "leaves the base alone"),
         ({"alpha_pattern": {r"\w_proj": 9}}, "a regular expression is not run"),
         ({"layers_to_transform": [0]}, "layers_to_transform"),
@@ -259,6 +261,12 @@ def test_19_to_31_configs_that_would_compute_something_else(folder, changes, mes
 def test_what_may_be_absent_or_say_no(folder):
     config_with(folder, use_dora=False, modules_to_save=None, rank_pattern=..., alpha_pattern=...,
                 use_rslora=..., lora_dropout=..., new_in_some_version=None)  # fmt: skip
+    same_adapter(load_adapter(folder, BASE), freeze(adapted_of(BASE)))
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal"])
+def test_where_a_and_b_began_is_of_no_matter_if_the_base_stayed(folder, init):
+    config_with(folder, init_lora_weights=init)
     same_adapter(load_adapter(folder, BASE), freeze(adapted_of(BASE)))
 
 

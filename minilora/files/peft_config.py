@@ -57,7 +57,7 @@ def checked(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
         if name == "bias" and value in ("none", None):
             continue
         if name == "init_lora_weights":
-            if not any(value is init or value == init for init in INITS):
+            if value not in INITS:
                 refuse(name, "an initialization that leaves the base alone")
         elif not known and value not in (None, False, [], {}):  # what is not known must say no
             refuse(name, "nothing: this is not done here")
