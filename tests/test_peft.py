@@ -91,7 +91,7 @@ def test_an_adapter_comes_back_to_the_bit(tmp_path, name, stabilized):
 def test_patterns_targets_and_an_embedding(tmp_path):
     adapted = adapted_of(
         BASE, targets=["query", "blocks.0.mlp.up", "embedding", "head"],
-        rank_pattern={"query": 2}, alpha_pattern={"blocks.0.mlp.up": 7.5},
+        rank_pattern={"query": 2}, alpha_pattern={"blocks.0.mlp.up": 7.5}, dropout=0.25,
     )  # fmt: skip
     save_adapter(tmp_path / "adapter", adapted)
     config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
@@ -101,6 +101,20 @@ def test_patterns_targets_and_an_embedding(tmp_path):
     back = load_adapter(tmp_path / "adapter", BASE)
     same_adapter(freeze(adapted), back)
     assert np.array_equal(logits(back), logits(freeze(adapted)))
+
+
+@pytest.mark.parametrize("tensor", ["embed_tokens.base_layer.weight", "embed_tokens.weight"])
+def test_a_copy_of_the_table_beside_its_adapter_may_stay(tmp_path, tensor):
+    """PEFT saves one; it has to be the very table that is here."""
+    adapted = adapted_of(BASE, targets=["query", "embedding"])
+    save_adapter(tmp_path, adapted)
+    table = {f"base_model.model.model.{tensor}": BASE.embedding.weight.data.copy()}
+    without_digests(tmp_path, lambda arrays: arrays | table)
+    same_adapter(load_adapter(tmp_path, BASE), freeze(adapted))
+    table[f"base_model.model.model.{tensor}"][3, 1] += 1
+    without_digests(tmp_path, lambda arrays: arrays | table)
+    with pytest.raises(AdapterError, match=r"no place in this model: .*embed_tokens"):
+        load_adapter(tmp_path, BASE)
 
 
 def test_on_a_quantized_base(tmp_path, folder):
