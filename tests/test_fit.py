@@ -144,6 +144,15 @@ def test_the_history_and_the_learning_rate(device):
     assert fit(optimizer(device), loss, data(), steps=0, batch=8).steps == 0
 
 
+@pytest.mark.parametrize("cut", [{}, {"accumulate": 3}])
+def test_a_record_holds_the_mean_loss_since_the_last(cut, device):
+    """At a rate of 0 every step has the same, and each epoch is all examples once."""
+    o = optimizer(device, make=SGD, lr=0.0)
+    result = fit(o, loss, data(), steps=10, batch=12, every=4, **cut)
+    losses = [entry["loss"] for entry in result.history]
+    np.testing.assert_allclose(losses, [evaluate(o.model, loss, data())] * 3, rtol=1e-12)
+
+
 def test_the_best_by_validation_is_what_one_gets(device, host):
     """Eight examples learned by heart: the validation loss falls, and then rises."""
     few, held_out = data(8), data(seed=1)

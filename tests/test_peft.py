@@ -623,7 +623,7 @@ def test_an_mlx_adapter_is_the_same_adapter(tmp_path):
     config = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())
     stored = safetensors.read(tmp_path / "mlx" / "adapters.safetensors")
     parameters = config["lora_parameters"]
-    assert (config["num_layers"], parameters["rank"]) == (2, 3)
+    assert (config["num_layers"], parameters["rank"], parameters["dropout"]) == (2, 3, 0)
     assert "self_attn.q_proj" in parameters["keys"]
     for path, node in walk(adapted):
         if hasattr(node, "A"):

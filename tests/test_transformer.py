@@ -317,6 +317,12 @@ def test_no_cut_is_plain_sampling_and_cold_is_greedy_in_a_whole_generation(devic
     assert generate(model, prompts, 12, temperature=1e-6) == generate(model, prompts, 12)
 
 
+@pytest.mark.parametrize("cut", [{"top_k": 5, "top_p": None}, {"top_k": None, "top_p": 0.0125}])
+def test_of_tokens_as_likely_the_lower_are_kept(cut):
+    found = [draw(np.zeros(400), u, 1.0, **cut) for u in (0.0, 0.3, 0.5, 0.7, 0.99)]
+    assert found == [0, 1, 2, 3, 4]
+
+
 def test_the_whole_is_kept_at_top_p_one_however_unlikely():
     z = np.array([0.0, -60.0, 1.0])  # the second has a share of 2e-27, lost in any sum
     for u in (0.0, 0.3, np.nextafter(1, 0)):
