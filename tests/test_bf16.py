@@ -465,6 +465,9 @@ def test_a_weight_in_bfloat16_is_quantized_as_its_numbers(device):
     base = freeze(init_transformer(STYLES["llama"], np.random.default_rng(0), 0.15))
     half = to_bf16(base)
     codes = quantize(to_device(half, device)).blocks[0].mlp.up.weight
-    wanted = quantize(cast(half, np.float32)).blocks[0].mlp.up.weight
+    whole = cast(half, np.float32)
+    assert {t.dtype for t in tensors(whole).values()} == {F32}
+    assert {t.dtype for t in tensors(cast(whole, BFLOAT16)).values()} == {BFLOAT16}
+    wanted = quantize(whole).blocks[0].mlp.up.weight
     assert to_numpy(codes.packed).tobytes() == wanted.packed.tobytes()
     assert codes.dense().dtype == BFLOAT16

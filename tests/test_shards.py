@@ -15,6 +15,7 @@ from minilora.engine.errors import MiniloraError
 from minilora.engine.forked import Forked, copies
 from minilora.engine.rules import only_reference, reference_rules
 from minilora.engine.tensor import Parameter, Tensor
+from minilora.engine.workers import at_work
 from minilora.optim.adamw import AdamW
 from minilora.train import parallel
 from minilora.train.data import Data
@@ -157,6 +158,20 @@ def test_an_error_here_leaves_no_answer_for_the_next_batch():
     assert float(first) != pytest.approx(float(again), rel=1e-2)
 
 
+@pytest.mark.parametrize("forks", [True, False])
+def test_the_workers_are_the_optimizers_too_and_then_go(forks, monkeypatch):
+    monkeypatch.setattr(parallel, "can_fork", lambda: forks)
+    with Shards(problem()[0].flat, 2):
+        assert at_work() == 2
+    assert at_work() == 1
+
+
+def test_without_threadpoolctl_they_take_turns(monkeypatch):
+    wanted = steps(3)
+    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
+    assert steps(3) == (*wanted[:2], 0)
+
+
 @pytest.mark.parametrize("shards", [1, 2, 3])
 @pytest.mark.parametrize("forks", [True, False])
 def test_workers_share_an_evaluation(shards, forks, monkeypatch):
@@ -180,6 +195,7 @@ def test_workers_share_an_evaluation(shards, forks, monkeypatch):
         double = lambda *arguments: loss(*arguments) * 2.0  # for which other copies are made
         now = evaluate(optimizer.model, loss, seen, 3)
         assert evaluate(optimizer.model, double, seen, 3, workers) == pytest.approx(2 * now)
+        assert len(copies()) == (shards - 1 if forks else 0)  # and those of before are gone
         with pytest.raises(MiniloraError, match="the model that the workers train"):
             evaluate(problem()[0].model, loss, seen, 3, workers)
 
