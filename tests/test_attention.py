@@ -1,5 +1,6 @@
 """Attention is causal to the bit, the same by tile and by head, and never holds T x T."""
 
+import math
 from contextlib import nullcontext
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.engine.attention import attention, rope, split_heads
+from minilora.engine.attention import RopeScaling, attention, rope, rope_rates, split_heads
 from minilora.engine.check import gradients, retained
 from minilora.engine.errors import MiniloraError
 from minilora.engine.rules import reference_rules
@@ -133,3 +134,23 @@ def test_split_heads_are_views_and_zeros_come_back_for_the_unused(dev, host):
 def test_shapes_that_do_not_fit(shapes, dev):
     with pytest.raises(MiniloraError, match="do not fit"):
         attention(*[Tensor(dev(np.ones(s))) for s in shapes])
+
+
+def test_turns_for_a_longer_context_are_those_of_llama_3(xp, host):
+    """Pair by pair, by wavelengths, as Hugging Face's transformers has it."""
+    theta, D, factor, low, high, context = 500_000.0, 64, 8.0, 1.0, 4.0, 8192
+    found = host(rope_rates(xp, D, theta, RopeScaling(factor, low, high, context)))
+    kinds = set()
+    for i, rate in enumerate(found):
+        plain = theta ** (-2 * i / D)
+        wavelength = 2 * math.pi / plain
+        if wavelength < context / high:
+            wanted, kind = plain, "as before"
+        elif wavelength > context / low:
+            wanted, kind = plain / factor, "slower"
+        else:
+            smooth = (context / wavelength - low) / (high - low)
+            wanted, kind = (1 - smooth) * plain / factor + smooth * plain, "between"
+        assert rate == pytest.approx(wanted, rel=1e-12)
+        kinds.add(kind)
+    assert len(kinds) == 3

@@ -161,7 +161,8 @@ def test_an_error_here_leaves_no_answer_for_the_next_batch():
 @pytest.mark.parametrize("forks", [True, False])
 def test_the_workers_are_the_optimizers_too_and_then_go(forks, monkeypatch):
     monkeypatch.setattr(parallel, "can_fork", lambda: forks)
-    with Shards(problem()[0].flat, 2):
+    workers = Shards(problem()[0].flat, 2)
+    with workers:
         assert at_work() == 2
     assert at_work() == 1
 
