@@ -153,6 +153,32 @@ def test_a_record_holds_the_mean_loss_since_the_last(cut, device):
     np.testing.assert_allclose(losses, [evaluate(o.model, loss, data())] * 3, rtol=1e-12)
 
 
+def test_one_scored_item_is_a_mean_of_its_own(device):
+    o = optimizer(device, make=SGD, lr=0.0)
+    one = data().first(1)
+    one.arrays["targets"][0, 1:] = IGNORE
+    one.arrays["targets"][0, 0] = 3
+    one = Data(one.arrays)
+    result = fit(o, loss, one, steps=1, batch=1)
+    np.testing.assert_allclose(result.history[0]["loss"], evaluate(o.model, loss, one), rtol=1e-12)
+
+
+def test_the_bar_goes_as_far_as_the_steps(device, monkeypatch):
+    seen = []
+
+    class Bar:
+        def __init__(self, **options):
+            seen.append(options)
+
+        update = set_postfix_str = lambda self, what: seen.append(what)
+        close = lambda self: seen.append("closed")
+
+    monkeypatch.setattr("minilora.train.loop.progress", Bar)
+    result = fit(optimizer(device), loss, data(), steps=3, batch=4, every=2, label="a run")
+    shown = [f"loss {entry['loss']:.4f}" for entry in result.history]
+    assert seen == [{"total": 3, "label": "a run"}, 0, 1, 1, shown[0], 1, shown[1], "closed"]
+
+
 def test_the_best_by_validation_is_what_one_gets(device, host):
     """Eight examples learned by heart: the validation loss falls, and then rises."""
     few, held_out = data(8), data(seed=1)
