@@ -149,7 +149,9 @@ def test_interrupted_and_resumed_is_the_run_never_interrupted(tmp_path, capsys, 
     assert code == 130
     assert "go on with --resume" in told
     assert sorted(os.listdir(tmp_path)) == ["out-checkpoints", "whole"]
-    code, _, error = finetuned(capsys, place, tmp_path / "out")
+    with monkeypatch.context() as patch:  # before any work
+        patch.setattr(lab, "open_for_text", None)
+        code, _, error = finetuned(capsys, place, tmp_path / "out")
     assert code == 2
     assert "holds checkpoints of a run; resume it" in error
     code, _, error = finetuned(capsys, place, tmp_path / "out", "--resume", "--method", "qlora")

@@ -302,6 +302,18 @@ def test_the_experiment_starts_where_it_says(device):
     assert len(ARMS) == 7
 
 
+def test_a_run_that_diverges_is_a_finding(device):
+    if device != "cpu":
+        pytest.skip("on the host")
+    from minilora.lab.variants import train_variant
+
+    with np.errstate(all="ignore"):
+        run = train_variant("LoRA", 1e30, seed=0, steps=4, every=4)
+    assert run["val_loss"] is run["score"] is None
+    assert "is not finite" in run["diverged"] or "expected a finite number" in run["diverged"]
+    assert run["curve"][0][0] == 0
+
+
 # ------------------------------------------------------------------------ refusals
 
 

@@ -106,6 +106,8 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> dict[str, Any]:
     began = time.monotonic()
     names = (CONFIG, WEIGHTS, CARD, FIGURE, RECORD)
     expect_former_save(Path(os.path.abspath(config.out)), names)
+    if not resume:  # said now, and not after the base has been asked and weighed
+        Checkpoints(config.checkpoints).expect_none()
     source, tokenizer = open_for_text(config.model)
     length = min(config.max_len, source.model.config.context)
     corpus = read_corpus(config.data, tokenizer, length, config.held_out, config.seed)

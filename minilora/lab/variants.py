@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..engine.errors import NumericsError
 from ..engine.progress import progress
 from ..engine.rules import wide
 from ..lora.lora import LoRALinear, adapt
@@ -96,19 +97,20 @@ def train_variant(
     steps = steps or s.steps
     start = start_of(arm, rank, seed)
     optimizer = AdamW(start, lr=lr, betas=s.betas, weight_decay=s.weight_decay)
+    run = {"lr": lr, "seed": seed, "trainable": count(start, trainable=True)}
     curve = [[0, evaluate(start, task.loss, data.validation)]]
-    result = fit(
-        optimizer, task.loss, data.train, steps=steps, batch=s.batch, seed=seed, clip=s.clip,
-        schedule=schedule(s.schedule, steps, s.warmup), validation=data.validation, every=every,
-    )  # fmt: skip
+    try:
+        result = fit(
+            optimizer, task.loss, data.train, steps=steps, batch=s.batch, seed=seed, clip=s.clip,
+            schedule=schedule(s.schedule, steps, s.warmup), validation=data.validation, every=every,
+        )  # fmt: skip
+    except NumericsError as error:  # too high a rate: a finding, not the end of the experiment
+        return run | {"diverged": str(error), "val_loss": None, "score": None, "curve": curve}
     curve += [[entry["step"], entry["val"]] for entry in result.history]
-    return {
-        "lr": lr,
-        "seed": seed,
+    return run | {
         "val_loss": min(loss for _, loss in curve[1:]),
         "score": task.score(result.model, data.test),
         "curve": curve,
-        "trainable": count(start, trainable=True),
     }
 
 

@@ -58,6 +58,13 @@ class Checkpoints:
         except OSError as error:
             raise CheckpointError(f"{self.directory}: cannot be made ({error})") from error
 
+    def expect_none(self) -> None:
+        """Errors: `CheckpointError` where a run has left its states."""
+        if self.paths():
+            raise CheckpointError(
+                f"{self.directory}: holds checkpoints of a run; resume it, or remove them"
+            )
+
     def paths(self) -> list[Path]:
         """What is there, oldest first."""
         if not self.directory.is_dir():

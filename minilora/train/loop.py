@@ -12,7 +12,6 @@ import numpy as np
 
 from ..engine.backend import device_of, xp_of
 from ..engine.errors import (
-    CheckpointError,
     MiniloraError,
     NumericsError,
     expect_positive,
@@ -147,11 +146,9 @@ def fit(
             checkpoints.save(snapshot(optimizer, tally, result, run))
 
     optimizer.forget_bad()  # an earlier run's has been reported
-    if checkpoints is not None and (state := checkpoints.latest()) is not None:
-        if not resume:
-            raise CheckpointError(
-                f"{checkpoints.directory}: holds checkpoints of a run; resume it, or remove them"
-            )
+    if checkpoints is not None and not resume:
+        checkpoints.expect_none()
+    elif checkpoints is not None and (state := checkpoints.latest()) is not None:
         reinstate(state, optimizer, tally, result, run, checkpoints.directory)
 
     if patience is not None and tally.waited >= patience:  # it had stopped early
