@@ -231,6 +231,23 @@ def test_what_it_says_of_forgetting_is_in_the_record():
     assert "full fine-tuning at its\nslower rate is the best on the new text" in README
 
 
+def test_what_it_says_of_where_adapters_start_is_in_the_record():
+    record = record_of("variants")
+    loss = {row["arm"]: f"{statistics.mean(row['losses']):.3f}" for row in record["rows"]}
+    flat = " ".join(README.split())
+    told = "dates at rank {rank}, each start at its own best rate, five seeds"
+    assert told.format(**record["config"]) in flat
+    assert {len(row["losses"]) for row in record["rows"]} == {5}
+    assert f"loss LoRA {loss['LoRA']}, PiSSA {loss['PiSSA']}, DoRA {loss['DoRA']}." in flat
+    low = loss["QLoRA, 2 bits"], loss["LoftQ, 2 bits"]
+    assert "start ends at {} and LoftQ's, nearer to W0, at {};".format(*low) in flat
+    starts = {(row["start"], row["code"]): row for row in record["starts"]}
+    at = record["config"]["ranks"].index(record["config"]["rank"])
+    near, far = (starts[name, "2 bits"]["distance"][at] for name in ("LoftQ", "QLoRA"))
+    assert near < far
+    assert max(starts["QLoRA", "NF4"]["loss"]) < 1e-3
+
+
 @pytest.mark.parametrize("name", ["step_wide", "step_even"])
 def test_the_record_of_speed_holds_what_the_fused_ops_are_for(name):
     """A step at least 1.15 times as fast as on the primitives; LoRA no slower than torch."""
