@@ -5,7 +5,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from real_files import adapted_of, command, logits, model_of, small_place, tokenizer_of
+from real_files import (
+    adapted_of,
+    command,
+    dora_of,
+    logits,
+    model_of,
+    small_place,
+    tokenizer_of,
+)
 
 from minilora.engine.errors import BaseMismatchWarning
 from minilora.engine.tensor import Tensor
@@ -99,6 +107,19 @@ def test_merge_writes_the_merged_model(tmp_path, capsys, place, adapter):
     assert (tmp_path / "merged" / "tokenizer.json").exists()
 
 
+def test_lengths_are_merged_before_other_adapters_or_not_at_all(tmp_path, capsys, place, adapter):
+    """DoRA's m is that of the base: after another adapter it would take back what that changed."""
+    save_adapter(tmp_path / "dora", dora_of(model_of("llama")), base="model")
+    common = ("merge", "--model", place / "model", "--out", tmp_path / "merged", "--adapter")
+    code, _, error = command(capsys, *common, adapter, "--adapter", tmp_path / "dora")
+    assert (code, "dora: expected DoRA as the first adapter" in error) == (2, True)
+    assert not (tmp_path / "merged").exists()
+    assert command(capsys, *common, tmp_path / "dora", "--adapter", adapter)[0] == 0
+    first = merge(load_adapter(tmp_path / "dora", model_of("llama")))
+    wanted = merge(load_adapter(adapter, first))
+    assert np.array_equal(logits(read_huggingface(tmp_path / "merged")), logits(wanted))
+
+
 @pytest.mark.parametrize("run", [("merge",), ("convert", "--to", "peft")])
 def test_what_is_made_of_a_model_does_not_take_its_place(capsys, place, adapter, run):
     before = {path: path.read_bytes() for path in (place / "model").iterdir()}
@@ -155,6 +176,20 @@ def test_inspect(tmp_path, capsys, place, adapter, monkeypatch):
                       {prefix + name: f for name, f in factors.items()})  # fmt: skip
     code, _, error = command(capsys, "inspect", tmp_path)
     assert (code, "q_proj: DoRA's magnitude is missing" in error) == (2, True)
+    factors["magnitude_vector"] = np.ones(7, np.float32)
+    safetensors.write(tmp_path / "adapter_model.safetensors",
+                      {prefix + name: f for name, f in factors.items()})  # fmt: skip
+    code, _, error = command(capsys, "inspect", tmp_path)
+    assert (code, "q_proj: expected a magnitude (8,), found (7,)" in error) == (2, True)
+    factors["magnitude_vector"] = np.ones(8, np.float32)
+    safetensors.write(tmp_path / "adapter_model.safetensors",
+                      {prefix + name: f for name, f in factors.items()})  # fmt: skip
+    assert command(capsys, "inspect", tmp_path)[0] == 0
+    raw = bytearray((tmp_path / "adapter_model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (tmp_path / "adapter_model.safetensors").write_bytes(raw)
+    code, _, error = command(capsys, "inspect", tmp_path)
+    assert (code, "sha256" in error) == (2, True)
     assert effective_rank(np.array([2.0, 2.0, 2.0])) == pytest.approx(3)
     assert effective_rank(np.zeros(3)) == 0
 

@@ -204,6 +204,15 @@ def test_one_line_for_what_cannot_be_done(tmp_path, capsys, place, more, message
     assert not (tmp_path / "out").exists()
 
 
+def test_lengths_beside_a_table_are_refused_before_training(tmp_path, capsys, place, monkeypatch):
+    """PEFT would want a length of each adapted module; it was said when all was learned."""
+    monkeypatch.setattr(lab, "train", None)
+    code, _, error = finetuned(
+        capsys, place, tmp_path / "out", "--dora", "--targets", "query,embedding"
+    )
+    assert (code, "DoRA: expected one value for all adapters" in error) == (2, True)
+
+
 def test_a_directory_with_other_things_is_refused_before_any_work(tmp_path, capsys, place):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years")

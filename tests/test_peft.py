@@ -252,7 +252,7 @@ def test_18_configs_that_are_none(folder, raw, message):
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
         ({"rank_pattern": {"q_proj": 2}}, "q_proj"),  # 25: the config says so, the weights not
         ({"alpha_pattern": [1]}, "alpha_pattern"),
-        ({"use_dora": True}, r"missing: \['model\.layers\.0\.mlp\.down_proj\.lora_m'"),
+        ({"use_dora": True}, r"missing: \['model\.layers\.0\.mlp\.down_proj\.lora_magnitude_ve"),
         ({"use_dora": 1}, "use_dora: expected true or false"),
         ({"bias": "all"}, "bias: expected nothing"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),

@@ -235,16 +235,21 @@ def test_what_it_says_of_where_adapters_start_is_in_the_record():
     record = record_of("variants")
     loss = {row["arm"]: f"{statistics.mean(row['losses']):.3f}" for row in record["rows"]}
     flat = " ".join(README.split())
-    told = "dates at rank {rank}, each start at its own best rate, five seeds"
+    told = "`minilora variants --seeds {seeds}`: dates at rank {rank}, each start at its own best"
     assert told.format(**record["config"]) in flat
-    assert {len(row["losses"]) for row in record["rows"]} == {5}
     assert f"loss LoRA {loss['LoRA']}, PiSSA {loss['PiSSA']}, DoRA {loss['DoRA']}." in flat
-    low = loss["QLoRA, 2 bits"], loss["LoftQ, 2 bits"]
-    assert "start ends at {} and LoftQ's, nearer to W0, at {};".format(*low) in flat
+    low = (loss[f"{name}, 2 bits"] for name in ("QLoRA", "LoftQ", "LoftQ, 5 rounds"))
+    assert (
+        "start ends at {}, LoftQ's, nearer to W0, at {}, and after five rounds, which end farther "
+        "from it again, at {};".format(*low)
+        in flat
+    )
     starts = {(row["start"], row["code"]): row for row in record["starts"]}
     at = record["config"]["ranks"].index(record["config"]["rank"])
-    near, far = (starts[name, "2 bits"]["distance"][at] for name in ("LoftQ", "QLoRA"))
-    assert near < far
+    near, five, far = (
+        starts[name, "2 bits"]["distance"][at] for name in ("LoftQ", "LoftQ, 5 rounds", "QLoRA")
+    )
+    assert near < five < far
     assert max(starts["QLoRA", "NF4"]["loss"]) < 1e-3
 
 

@@ -18,13 +18,14 @@ from minilora import (
     freeze,
     generate,
     merge,
+    parameters,
     rebuild,
     reference_rules,
     to_device,
     walk,
 )
 from minilora.engine.bf16 import BFLOAT16
-from minilora.engine.errors import AdapterError
+from minilora.engine.errors import AdapterError, MiniloraError, NumericsError
 from minilora.engine.fused import linear
 from minilora.engine.tensor import matmul
 from minilora.lora.adapters import put
@@ -262,6 +263,12 @@ def test_a_merged_model_is_the_model(device, dev, name):
         assert set(errors) == {p for p, n in walk(four) if isinstance(n, DoRALinear)}
         if way == "dequantized":
             assert np.abs(scores(whole) - scores(four)).max() <= 1e-4
+    for start in (pissa, loftq):
+        tree = start(adapted_of(model), quantize)
+        whole, _ = merge_quantized(tree)
+        assert np.abs(scores(whole) - scores(tree)).max() <= 1e-4
+        with pytest.raises(AdapterError, match=r"original: .* began by splitting its weight"):
+            merge_quantized(tree, "original", model)
 
 
 def test_in_bfloat16_what_the_adapter_holds_stays_float32(device, dev):
@@ -332,12 +339,32 @@ def test_what_cannot_be_split_or_measured_is_refused(device):
             start(adapted_of(model, alpha=-1.0))
         with pytest.raises(AdapterError, match=r"found s = 0\.125 and rank 40"):
             start(adapted_of(model, rank=40))
-    with pytest.raises(AdapterError, match="rounds: expected a whole number >= 1, found 0"):
-        loftq(adapted, quantize, rounds=0)
+    for rounds in (0, 1.5):
+        with pytest.raises(MiniloraError, match="rounds: expected a whole number >= 1, found"):
+            loftq(adapted, quantize, rounds=rounds)
     up = model.blocks[0].mlp.up.weight
     dead = rebuild(model, lambda _, n: Tensor(zero_row(n.data, 3)) if n is up else n)
     with pytest.raises(AdapterError, match=r"blocks\.0\.mlp\.up: row 3 of the weight is zero"):
         dora(adapt(dead, rank=2, rng=np.random.default_rng(0)))
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_a_weight_that_is_not_finite_is_named(device, wrong):
+    model = model_on(device)
+    up = model.blocks[0].mlp.up.weight
+    bad = rebuild(model, lambda _, n: Tensor(n.data * wrong) if n is up else n)
+    adapted = adapt(bad, rank=2, rng=np.random.default_rng(0))
+    with np.errstate(all="ignore"):
+        for variant in (pissa, partial(loftq, quantize=quantize), dora):
+            with pytest.raises(NumericsError, match=r"blocks\.0\.mlp\.up: "):
+                variant(adapted)
+
+
+def test_where_only_one_factor_trains_the_lengths_train(device):
+    node, _ = layer(device, (6, 5, 2, 1))
+    half = LoRALinear(node.base, Tensor(node.A.data), node.B, 3.0)
+    assert isinstance(dora(half).magnitude, Parameter)
+    assert not parameters(dora(freeze(half)))
 
 
 def zero_row(W, row):

@@ -32,6 +32,8 @@ def test_a_variant_is_not_taken_for_plain_lora(tmp_path):
                 export(tmp_path / "out", tree)
     with pytest.raises(AdapterError, match=r"learned\(start, adapted\)"):
         save_adapter(tmp_path / "out", split)
+    with pytest.raises(AdapterError, match="factors alone, found a DoRALinear: merge it"):
+        learned(lengths, lengths)
     with pytest.raises(AdapterError, match="learned: expected the same adapters in both trees"):
         learned(split, pissa(adapted_of(model, targets=["query"])))
     some = adapted_of(model)
@@ -87,7 +89,7 @@ def test_a_dora_directory_that_lacks_lengths_or_does_not_say_so_is_refused(tmp_p
         with pytest.raises(AdapterError, match=message):
             load_adapter(folder, model)
 
-    refused("lora", "dora", r"missing: .*lora_m")
+    refused("lora", "dora", r"missing: .*lora_magnitude_vector")
     refused("dora", "lora", r"no place in this model: .*lora_magnitude_vector")
 
 

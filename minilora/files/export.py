@@ -34,7 +34,11 @@ def factors(node: Node, scale: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def plain_nodes(what: str, adapted: Transformer) -> dict[str, Node]:
-    """The adapters by path.  Errors: `AdapterError` for a variant, which neither can tell."""
+    """The adapters by path.
+
+    Errors: `AdapterError` for a variant: llama.cpp has no place for one, and mlx-lm's form of
+    DoRA is not written here.
+    """
     nodes = adapter_nodes(adapted)
     for path, node in nodes.items():
         expect_plain(what, path, node)

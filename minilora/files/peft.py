@@ -307,7 +307,8 @@ def sorted_factors(
         raise AdapterError(
             f"{directory / WEIGHTS}: tensors that have no place in this model: {short(sorted(odd))}"
         )
-    missing = [f"{m}.lora_{x}" for m, pair in factors.items() for x in letters if x not in pair]
+    called = {"A": "lora_A", "B": "lora_B", "m": "lora_magnitude_vector"}
+    missing = [f"{m}.{called[x]}" for m, pair in factors.items() for x in letters if x not in pair]
     if missing or not factors:
         raise AdapterError(
             f"{directory / WEIGHTS}: missing: {short(sorted(missing)) if factors else 'everything'}"

@@ -10,7 +10,9 @@ from ..files.pretrained import Pretrained, open_model
 from ..files.tokenizer import Tokenizer
 from ..lora.adapters import mix, take
 from ..lora.lora import merge
+from ..lora.variants import DoRALinear
 from ..model.generate import each_token, for_decoding, generate
+from ..model.module import walk
 
 BASE = "base"  # where an adapter is named: none
 
@@ -42,10 +44,17 @@ def prompt_ids(
 
 
 def with_adapters(model: Any, adapters: Sequence[str]) -> Any:
-    """A plain model with each adapter merged in, one after the other, laid out for decoding."""
-    for directory in adapters:
-        if directory != BASE:
-            model = merge(load_adapter(directory, model))
+    """A plain model with each adapter merged in, one after the other, laid out for decoding.
+
+    Errors: as `load_adapter`; `MiniloraError` for DoRA after another adapter: its lengths are
+    those of a change to the base, and would undo the other's.
+    """
+    merged = [directory for directory in adapters if directory != BASE]
+    for directory in merged:
+        adapted = load_adapter(directory, model)
+        if directory is not merged[0] and any(isinstance(n, DoRALinear) for _, n in walk(adapted)):
+            raise MiniloraError(f"{directory}: expected DoRA as the first adapter, found others")
+        model = merge(adapted)
     return for_decoding(model)
 
 

@@ -37,12 +37,17 @@ def inspect_adapter(directory: str | os.PathLike) -> dict[str, Any]:
             continue  # told as "odd" below
         if len(pair) < len(letters):
             raise AdapterError(f"{directory / WEIGHTS}: {module}: DoRA's magnitude is missing")
-        A, B = (decoded(directory, stored, pair[x]).astype(np.float64) for x in "AB")
+        A, B, *m = (decoded(directory, stored, pair[x]).astype(np.float64) for x in letters)
         r = pattern_value(config["rank_pattern"], module, config["r"])
         if A.ndim != 2 or B.ndim != 2 or not len(A) == B.shape[1] == r:
             raise AdapterError(
                 f"{directory / WEIGHTS}: {module}: expected A ({r}, d_in) and B (d_out, {r}), "
                 f"found {A.shape} and {B.shape}"
+            )
+        if m and m[0].shape != (len(B),):
+            raise AdapterError(
+                f"{directory / WEIGHTS}: {module}: expected a magnitude ({len(B)},), "
+                f"found {m[0].shape}"
             )
         alpha = float(pattern_value(config["alpha_pattern"], module, config["lora_alpha"]))
         s = scale_of(len(A), alpha, config["use_rslora"])

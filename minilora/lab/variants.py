@@ -26,7 +26,7 @@ from ..train import dates
 from ..train.loop import evaluate, fit
 from ..train.tasks import get_task
 from .compare import at_edge, choose, closest, spread, versions
-from .figures import BLUE, COLORS, GREEN, MARKS, ORANGE, RED, canvas, save
+from .figures import BLUE, GREEN, MARKS, ORANGE, PURPLE, RED, canvas, save
 from .report import table
 
 
@@ -210,19 +210,18 @@ def variants_figure(record: dict[str, Any], path: str | Path) -> Path:
                 label=name if four and ax is far else None,
             )  # fmt: skip
         ax.set_xticks(ranks, [str(rank) for rank in ranks])
+        if ax is far:
+            ax.set_yticks((0.05, 0.1, 0.2, 0.5), ("0.05", "0.1", "0.2", "0.5"))
         ax.minorticks_off()
         ax.set_xlabel("rank r")
         ax.set_title(f"at the start (dashed: 2 bits):\n{title}", loc="left", fontsize=9)
-    for i, row in enumerate(record["rows"]):
+    colors |= {"LoRA": BLUE, "PiSSA": ORANGE, "DoRA": PURPLE}  # B = 0, and W0 split, as above
+    for mark, row in zip(MARKS * 2, record["rows"], strict=False):
         ax = low if "bits" in row["arm"] else whole
-        curves = np.array(row["curves"])
-        style = {"color": COLORS[i % len(COLORS)], "ms": 4}
-        if name := next((n for n in STARTS if row["arm"] == f"{n}, 2 bits"), None):
-            style["color"] = colors[name]
-        label = f"{row['arm'].replace(', 2 bits', '')}, lr {row['lr']:g}"
+        name, curves = row["arm"].replace(", 2 bits", ""), np.array(row["curves"])
         ax.semilogy(
-            curves[0, :, 0], curves[:, :, 1].mean(axis=0), marker=MARKS[i % len(MARKS)],
-            label=label, **style,
+            curves[0, :, 0], curves[:, :, 1].mean(axis=0), color=colors[name], marker=mark, ms=4,
+            label=f"{name}, lr {row['lr']:g}",
         )  # fmt: skip
     for ax, title in ((whole, "base in 32 bits"), (low, "base in 2 bits")):
         head = f"r = {record['config']['rank']}, {title}:\nheld-out loss, nats (mean of seeds)"

@@ -149,7 +149,8 @@ def expect_plain(what: str, path: str, node: Any) -> None:
     """Refuse an adapter that is more than s B A on the weight it was made for: a variant."""
     if type(node) not in (LoRALinear, LoRAEmbedding):
         raise AdapterError(
-            f"{what}: expected plain LoRA at {path}, found a {type(node).__name__}: merge it"
+            f"{what}: expected plain LoRA{f' at {path}' if path else ''}, "
+            f"found a {type(node).__name__}: merge it"
         )
 
 

@@ -10,12 +10,13 @@ Each takes an adapted tree and gives another:  pissa(adapt(model, rank=8, alpha=
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..engine.errors import AdapterError
+from ..engine.check import expect_finite
+from ..engine.errors import AdapterError, expect_whole
 from ..engine.progress import progress
 from ..engine.rules import rule, wide
-from ..engine.tensor import Tensor
+from ..engine.tensor import Parameter, Tensor
 from ..model.layers import Linear, LinearLike, Rng
-from ..model.module import branches, module, rebuild, walk
+from ..model.module import branches, module, parameters, rebuild, walk
 from .adapters import Adapter, combine, factors, truncated
 from .lora import LoRALinear
 
@@ -35,9 +36,9 @@ def pissa(adapted: Any, quantize: Quantize | None = None) -> Any:
     """A new tree whose adapters start as the principal part of their weights.
 
     W0 = U S Vᵀ:  A = √(S_r/s) V_rᵀ  (r, d_in),  B = U_r √(S_r/s)  (d_out, r), and what stays is
-    W0 - s B A, or what `quantize` makes of a Linear with that weight (QPiSSA).  Unquantized, the
-    model is what it was, to rounding; but the directions in which W0 does most are now those
-    that train.  (Meng et al. 2024, section 3.)
+    W0 - s B A, or what `quantize` makes of a Linear with that weight (QPiSSA); where W0 was in
+    bfloat16, in float32.  Unquantized, the model is what it was, to rounding; but the directions
+    in which W0 does most are now those that train.  (Meng et al. 2024, section 3.)
     Errors: `AdapterError` as `loftq`.
     """
 
@@ -53,15 +54,15 @@ def loftq(adapted: Any, quantize: Quantize, rounds: int = 1) -> Any:
     """A new tree on a quantized base, whose adapters start as what quantization lost.
 
     Each round takes Q = quantize(W0 - s B A), at first with s B A = 0, then the s B A of rank r
-    nearest to W0 - Q.  After one, Q is the base of QLoRA, and ‖W0 - Q - s B A‖ is below
+    nearest to W0 - Q.  After one, Q is the base of QLoRA, and ‖W0 - Q - s B A‖ is at most
     ‖W0 - Q‖; more rounds need not lower it further, because the quantizer does not minimize it.
     `quantize` maps a Linear to what stands in its place, e.g. `minilora.quant.linear.quantize`.
     (Li et al. 2023, algorithm 1.  PEFT's `loftq_init` leaves out s: it is right for s = 1.)
     Errors: `AdapterError` for fewer rounds than one; for a tree without adapters; for an
-    adapter that is not plain LoRA on a plain Linear, has s <= 0, or a rank above min(d_out, d_in).
+    adapter that is not plain LoRA on a plain Linear, has s <= 0, or a rank above min(d_out, d_in);
+    `NumericsError` for a weight that is not finite.
     """
-    if rounds < 1:
-        raise AdapterError(f"rounds: expected a whole number >= 1, found {rounds}")
+    expect_whole("rounds", rounds, 1)
 
     def start(W0: Any, base: Linear, rank: int, scale: float) -> tuple:
         left = base
@@ -100,7 +101,9 @@ def split(adapted: Any, start: Callable[..., tuple]) -> Any:
             )
     made = {}
     for path, node in progress(nodes.items(), total=len(nodes), label="singular values"):
-        base, A, B = start(wide(node.base.dense()), node.base, node.rank, node.scale)
+        W0 = wide(node.base.dense())
+        expect_finite(f"{at(path)}weight", W0)
+        base, A, B = start(W0, node.base, node.rank, node.scale)
         made[path] = SplitLinear(
             base, type(node.A)(A), type(node.B)(B), node.alpha, node.rank_stabilized, node.dropout
         )
@@ -114,7 +117,7 @@ def plain_adapters(adapted: Any) -> dict[str, LoRALinear]:
     """
     nodes = {path: node for path, node in walk(adapted) if isinstance(node, LoRALinear)}
     if not nodes:
-        raise AdapterError("expected a model with adapters on its linears, found none: adapt it")
+        raise AdapterError("expected a model with adapters on its linears, found none")
     for path, node in nodes.items():
         if type(node) is not LoRALinear:
             raise AdapterError(f"{at(path)}expected plain LoRA, found a {type(node).__name__}")
@@ -132,8 +135,12 @@ def learned(start: Any, trained: Any) -> Adapter:
     After `pissa`, put on the model as it was before, it is the trained model, to rounding; where
     the base was quantized, it is what was learned on the way, on weights that lost nothing.
     (The same conversion stands in PEFT's guide to PiSSA.)
-    Errors: `AdapterError` for trees without adapters, or whose adapters are not the same modules.
+    Errors: `AdapterError` for trees without adapters, or whose adapters are not the same modules;
+    and for DoRA, of whose change the factors are a part.
     """
+    for path, node in (*walk(start), *walk(trained)):
+        if isinstance(node, DoRALinear):
+            raise AdapterError(f"{at(path)}expected factors alone, found a DoRALinear: merge it")
     before, after = factors(start), factors(trained)
     if before.keys() != after.keys():
         odd = sorted(before.keys() ^ after.keys())
@@ -155,10 +162,11 @@ def row_lengths(xp, A, B, *, base, scale):
 class DoRALinear(LoRALinear):
     """y = c (W0 + s B A) x + b   with c = m / n, row by row;   n_i = ‖(W0 + s B A)_i‖.
 
-    The direction of a row is LoRA's, its length m_i is a number that trains.  n is taken as a
-    constant on the way back, which saves its gradient (Liu et al. 2024, section 4.3; PEFT does
-    the same).  m starts as the row lengths of W0, so that step 0 is the base itself.
-    Dropout acts on the adapter's input, as in LoRA (in PEFT also on (c - 1) W0 x).
+    The direction of a row is LoRA's, its length m_i is a number that trains.  (A row of W here,
+    as in PEFT; the paper, whose W is turned, writes columns.)  n is taken as a constant on the
+    way back, which saves its gradient (Liu et al. 2024, section 4.3; PEFT does the same).
+    Dropout acts on the adapter's input, as in LoRA (in PEFT also on (c - 1) W0 x).  In bfloat16
+    y is rounded before c, and a change of c by a thousandth is lost.
     Errors: `AdapterError` as LoRALinear, or for an m that is not (d_out,).
     """
 
@@ -192,18 +200,20 @@ class DoRALinear(LoRALinear):
 
 def dora(adapted: Any) -> Any:
     """A new tree in which each adapter also trains the lengths of its rows; the base may be
-    quantized (QDoRA).  Factors are shared.
+    quantized (QDoRA).  Factors are shared; adapters on embeddings stay as they are.
 
+    m starts as the row lengths of W0 + s B A as it is, so that step 0 is the model itself.
     Errors: `AdapterError` for a tree without adapters, one that is not plain LoRA, or a row of
-    W0 + s B A that is zero: it has no direction.
+    W0 + s B A that is zero: it has no direction; `NumericsError` for one that is not finite.
     """
     lengths = {}
     for path, node in plain_adapters(adapted).items():
         n = row_lengths(node.A.data, node.B.data, base=node.base, scale=node.scale)
+        expect_finite(f"{at(path)}row lengths", n)
         if not (n > 0).all():
             row = int(n.argmin())
             raise AdapterError(f"{at(path)}row {row} of the weight is zero: it has no direction")
-        lengths[path] = type(node.A)(n)
+        lengths[path] = (Parameter if parameters(node) else Tensor)(n)
     return with_lengths(adapted, lengths)
 
 

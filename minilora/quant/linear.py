@@ -6,12 +6,13 @@ from typing import Any
 
 from ..engine.backend import device_of, xp_of
 from ..engine.check import expect_finite
-from ..engine.errors import QuantError
+from ..engine.errors import AdapterError, QuantError
 from ..engine.fused import frozen_linear
 from ..engine.rules import wide
 from ..engine.tensor import Tensor
 from ..lora.adapters import expect_unmixed
 from ..lora.lora import LoRALinear, is_adapter
+from ..lora.variants import SplitLinear
 from ..model.layers import Linear, Rng
 from ..model.module import freeze, module, rebuild, to_device, walk
 from ..model.targets import ALL_LINEAR, select
@@ -103,7 +104,7 @@ def merge_quantized(
     error made, path by path.
 
         "dequantized"   Ŵ + s B A        what was trained, in full precision
-        "original"      W0 + s B A       onto the weights of `original`, never quantized
+        "original"      W0 + ΔW          onto the weights of `original`, never quantized
         "requantized"   Q(Ŵ + s B A)     four bits again
 
     The error is ‖merged - (Ŵ + s B A)‖ / ‖Ŵ + s B A‖: how far the result is from the
@@ -111,7 +112,8 @@ def merge_quantized(
     had no adapter stay and are shared.
     Errors: `NumericsError` naming the module whose merged weight would not be finite;
     `QuantError` for another way, no quantized base, or an `original` that is missing or does
-    not fit; `AdapterError` for a mixed batch, whose rows have no one weight.
+    not fit; `AdapterError` for a mixed batch, whose rows have no one weight, and "original"
+    where the adapter has a part of that weight (see `SplitLinear`).
     """
     if way not in WAYS:
         raise QuantError(f"way: expected one of {', '.join(WAYS)}; found {way!r}")
@@ -126,6 +128,11 @@ def merge_quantized(
             expect_finite(f"merge_quantized: {path}", trained)
             bias = None if base.bias is None else Tensor(base.bias.data.copy())
             if way == "original":
+                if isinstance(node, SplitLinear):
+                    raise AdapterError(
+                        f"original: {path} began by splitting its weight, which would be there "
+                        "twice: merge put(original, learned(start, adapted))"
+                    )
                 if path not in originals or originals[path].shape != base.shape:
                     raise QuantError(f"original: expected a Linear {base.shape} at {path}")
                 merged = Linear(Tensor(wide(originals[path].weight.data) + node.delta()), bias)

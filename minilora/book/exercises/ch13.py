@@ -10,7 +10,7 @@ def a_weight(rng: np.random.Generator) -> tuple:
     return rng.standard_normal((8, 6)), int(rng.integers(1, 5)), float(2.0 ** rng.integers(-2, 3))
 
 
-def principal(W, r, s):
+def rest(W, r, s):
     U, S, Vt = np.linalg.svd(W, full_matrices=False)
     return W - (U[:, :r] * S[:r]) @ Vt[:r]
 
@@ -59,7 +59,7 @@ EXERCISES = (
         ),
         hint="A and B are each divided by √s, so what is s B A?",
         draw=a_weight,
-        solution=principal,
+        solution=rest,
         wrong=scaled_again,
         tolerance=1e-9,
         labels=("W", "r", "s"),
