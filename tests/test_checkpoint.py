@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -395,14 +396,17 @@ def test_killed_while_training(tmp_path, device, host, trials):
     rng, steps = random.Random(trials), 30
     known = run(device, steps=steps, every=1)
     place, alive, interrupted = tmp_path / "c", 0, 0
+    began = time.monotonic()
+    same(run(device, place, resume=True, steps=steps, every=1), known, host)
+    whole = time.monotonic() - began  # seconds, which kills are spread over
     with killer(LOOP, place, steps) as kill:
         for trial in range(trials):
-            alive += kill(rng.uniform(0.0, 0.4))
-            names = os.listdir(place) if place.exists() else []
-            interrupted += any(name.startswith(".step-") for name in names)
-            if trial % 10 == 9:  # begin anew, so that kills fall on every step
+            if trial % 10 == 0:  # begin anew, so that kills fall on every step
                 same(run(device, place, resume=True, steps=steps, every=1), known, host)
                 Checkpoints(place).clear()
+            alive += kill(rng.uniform(0.0, whole / 3))
+            names = os.listdir(place) if place.exists() else []
+            interrupted += any(name.startswith(".step-") for name in names)
     assert alive
     assert interrupted or trials < 50  # of 200 some fall into a save, else nothing was shown
     same(run(device, place, resume=True, steps=steps, every=1), known, host)
