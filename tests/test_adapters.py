@@ -177,7 +177,7 @@ def test_what_a_mixture_refuses(base, three, dev):
         mix(put(base, three["a"]), [three["a"]])
     mixed = mix(base, [next(iter(three.values())), None])
     for way in (merge, take):
-        with pytest.raises(AdapterError, match="one adapter for all rows, found more at"):
+        with pytest.raises(AdapterError, match="one adapter for all rows, found 2 groups"):
             way(mixed)
 
 

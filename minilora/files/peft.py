@@ -49,10 +49,9 @@ from .untrusted import parse_json, short
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 CONFIG_DIGEST, BASE_DIGEST = "minilora.config_sha256", "minilora.base_sha256"
-SUFFIXES = {
-    ".lora_A.weight": "A", ".lora_B.weight": "B",
-    ".lora_embedding_A": "A", ".lora_embedding_B": "B", ".lora_magnitude_vector": "m",
-}  # fmt: skip
+LINEAR = {"A": ".lora_A.weight", "B": ".lora_B.weight", "m": ".lora_magnitude_vector"}
+TABLE = {"A": ".lora_embedding_A", "B": ".lora_embedding_B"}
+SUFFIXES = {suffix: letter for form in (LINEAR, TABLE) for letter, suffix in form.items()}
 
 
 def base_fingerprint(model: Any) -> str:
@@ -87,6 +86,28 @@ def save_adapter(
     would refuse; `FormatError` for a model that no family of checkpoints has, and a `base`
     that is no text; `CheckpointError` if it cannot be written.
     """
+    nodes, raw = savable(directory, adapted, base)
+    arrays = {}
+    for path, node in nodes.items():
+        module = PREFIX + hf_name(path, adapted.config)
+        for suffix, factor in stored_factors(node).items():
+            arrays[module + suffix] = to_numpy(factor.data)
+    notes = {
+        "format": "pt",
+        CONFIG_DIGEST: hashlib.sha256(raw).hexdigest(),
+        BASE_DIGEST: base_fingerprint(adapted),
+    }
+    files: dict[str, Content] = {CONFIG: raw, WEIGHTS: safetensors.encode(arrays, notes)}
+    replace_directory(directory, files | dict(extra or {}))
+
+
+def savable(
+    directory: str | os.PathLike, adapted: Transformer, base: str | None
+) -> tuple[dict[str, LoRALinear | LoRAEmbedding], bytes]:
+    """The adapters of a tree by path, and their config as it is written.
+
+    Errors: `AdapterError`, `FormatError` as `save_adapter`, which asks this first.
+    """
     nodes = adapter_nodes(adapted)
     split = [path for path, node in nodes.items() if isinstance(node, SplitLinear)]
     if split:
@@ -105,28 +126,14 @@ def save_adapter(
     raw = json.dumps(config, indent=1, sort_keys=True).encode() + b"\n"
     place = Path(directory, CONFIG)
     checked(place, parse_json(str(place), raw))  # a writer keeps its reader's rules
-    arrays = {}
-    for path, node in nodes.items():
-        module = PREFIX + hf_name(path, adapted.config)
-        for suffix, factor in stored_factors(node).items():
-            arrays[module + suffix] = to_numpy(factor.data)
-    notes = {
-        "format": "pt",
-        CONFIG_DIGEST: hashlib.sha256(raw).hexdigest(),
-        BASE_DIGEST: base_fingerprint(adapted),
-    }
-    files: dict[str, Content] = {CONFIG: raw, WEIGHTS: safetensors.encode(arrays, notes)}
-    replace_directory(directory, files | dict(extra or {}))
+    return nodes, raw
 
 
 def stored_factors(node: LoRALinear | LoRAEmbedding) -> dict[str, Tensor]:
     """What is stored of an adapter, by the ends of its tensors' names."""
-    if isinstance(node, LoRAEmbedding):
-        return {".lora_embedding_A": node.A, ".lora_embedding_B": node.B}
-    found = {".lora_A.weight": node.A, ".lora_B.weight": node.B}
-    if isinstance(node, DoRALinear):
-        found[".lora_magnitude_vector"] = node.magnitude
-    return found
+    form = TABLE if isinstance(node, LoRAEmbedding) else LINEAR
+    found = {form["A"]: node.A, form["B"]: node.B}
+    return found | {form["m"]: node.magnitude} if isinstance(node, DoRALinear) else found
 
 
 def adapter_config(
@@ -307,8 +314,7 @@ def sorted_factors(
         raise AdapterError(
             f"{directory / WEIGHTS}: tensors that have no place in this model: {short(sorted(odd))}"
         )
-    called = {"A": "lora_A", "B": "lora_B", "m": "lora_magnitude_vector"}
-    missing = [f"{m}.{called[x]}" for m, pair in factors.items() for x in letters if x not in pair]
+    missing = [f"{m}{LINEAR[x]}" for m, pair in factors.items() for x in letters if x not in pair]
     if missing or not factors:
         raise AdapterError(
             f"{directory / WEIGHTS}: missing: {short(sorted(missing)) if factors else 'everything'}"

@@ -50,9 +50,9 @@ def with_adapters(model: Any, adapters: Sequence[str]) -> Any:
     those of a change to the base, and would undo the other's.
     """
     merged = [directory for directory in adapters if directory != BASE]
-    for directory in merged:
+    for i, directory in enumerate(merged):
         adapted = load_adapter(directory, model)
-        if directory is not merged[0] and any(isinstance(n, DoRALinear) for _, n in walk(adapted)):
+        if i and any(isinstance(node, DoRALinear) for _, node in walk(adapted)):
             raise MiniloraError(f"{directory}: expected DoRA as the first adapter, found others")
         model = merge(adapted)
     return for_decoding(model)

@@ -11,8 +11,9 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -282,6 +283,22 @@ def choose(name: str, candidates: list[list[dict[str, Any]]]) -> list[dict[str, 
         found = run.get("diverged") or f"validation loss {run['val_loss']}"
         raise NumericsError(f"{name} at {run['lr']}, seed {run['seed']}: {found}")
     return min(sound, key=lambda runs: statistics.mean(run["val_loss"] for run in runs))
+
+
+def at_best_rates(
+    train: Callable[[str, float, int], dict[str, Any]],
+    arms: Iterable[str], rates: Sequence[float], seeds: int, jobs: int,
+) -> Iterator[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]]:  # fmt: skip
+    """For each arm its runs `train(arm, rate, 0)` at all rates, and over seeds at the best."""
+    arms = list(arms)
+    tries = [(arm, lr, 0) for arm in arms for lr in rates]
+    runs = list(progress(spread(train, tries, jobs), total=len(tries), label="rates"))
+    for i, arm in enumerate(progress(arms, label="seeds")):
+        tried = runs[i * len(rates) : (i + 1) * len(rates)]
+        close = closest(arm, tried)
+        more = [(arm, run["lr"], seed) for run in close for seed in range(1, seeds)]
+        rest = iter(list(spread(train, more, jobs)))
+        yield arm, tried, choose(arm, [[run, *islice(rest, seeds - 1)] for run in close])
 
 
 def is_sound(run: dict[str, Any]) -> bool:

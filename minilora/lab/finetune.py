@@ -11,7 +11,7 @@ import numpy as np
 
 from ..engine.errors import MiniloraError
 from ..files.atomic import expect_former_save
-from ..files.peft import WEIGHTS, adapter_config, adapter_nodes, save_adapter
+from ..files.peft import WEIGHTS, savable, save_adapter
 from ..files.peft_config import CONFIG
 from ..files.tokenizer import Tokenizer
 from ..lora.lora import adapt, warn_of_rank
@@ -129,7 +129,7 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> dict[str, Any]:
     if config.dora:
         adapted = dora(adapted)
     warn_of_rank(adapted)
-    adapter_config(adapted, adapter_nodes(adapted), source.name)  # what would not be saved, now
+    savable(config.out, adapted, source.name)  # refused now, and not when all is learned
     loaded, _ = memory("VmHWM"), Peak()  # which begins to watch anew
     started = time.monotonic()
     run, steps, here, training_peak = train(adapted, corpus, config, resume)

@@ -2,19 +2,18 @@
 
 import statistics
 from dataclasses import asdict, dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..engine.progress import progress
 from ..lora.lora import adapt
 from ..model.module import count
 from ..optim.adamw import AdamW
 from ..train.loop import evaluate
 from ..train.tasks import get_task
-from .compare import choose, closest, fit_task, spread, versions
+from .compare import at_best_rates, fit_task, versions
 from .figures import BLUE, RED, canvas, save
 from .report import table
 
@@ -59,16 +58,11 @@ def train_choice(name: str, lr: float, seed: int, alpha: float = 8.0) -> dict[st
 
 def targets(config: TargetsConfig) -> dict[str, Any]:
     """Each choice at its own best rate, as `compare` chooses it, over seeds."""
-    tries = [(name, lr, 0, config.alpha) for name in CHOICES for lr in config.rates]
-    runs = list(progress(spread(train_choice, tries, config.jobs), total=len(tries)))
     rows = []
-    for i, name in enumerate(CHOICES):
-        tried = runs[i * len(config.rates) : (i + 1) * len(config.rates)]
-        close = closest(name, tried)
-        seeds = range(1, config.seeds)
-        more = [(name, run["lr"], seed, config.alpha) for run in close for seed in seeds]
-        rest = iter(list(spread(train_choice, more, config.jobs)))
-        found = choose(name, [[run, *islice(rest, len(seeds))] for run in close])
+    train = partial(train_choice, alpha=config.alpha)
+    for name, tried, found in at_best_rates(
+        train, CHOICES, config.rates, config.seeds, config.jobs
+    ):
         rows.append({
             "choice": name, "rank": CHOICES[name][1], "trainable": found[0]["trainable"],
             "lr": found[0]["lr"], "rates": tried, "scores": [run["score"] for run in found],

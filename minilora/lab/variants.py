@@ -4,15 +4,12 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..engine.errors import NumericsError
-from ..engine.progress import progress
-from ..engine.rules import wide
 from ..lora.lora import LoRALinear, adapt
 from ..lora.variants import dora, loftq, pissa
 from ..model.layers import Linear
@@ -21,11 +18,11 @@ from ..optim.adamw import AdamW
 from ..optim.schedule import schedule
 from ..quant.blockwise import quantize_array
 from ..quant.codes import Code, make
-from ..quant.linear import QuantizedLinear, quantize
+from ..quant.linear import QuantizedLinear, distance, quantize
 from ..train import dates
 from ..train.loop import evaluate, fit
 from ..train.tasks import get_task
-from .compare import at_edge, choose, closest, spread, versions
+from .compare import at_best_rates, at_edge, versions
 from .figures import BLUE, GREEN, MARKS, ORANGE, PURPLE, RED, canvas, save
 from .report import table
 
@@ -51,20 +48,19 @@ def on_codes(adapted: Any, quantizer: Callable[[Linear], Any]) -> Any:
     return rebuild(adapted, change)
 
 
+STARTS: dict[str, Callable[[Any, Callable], Any]] = {  # (adapted model, quantizer) -> start
+    "QLoRA": on_codes,
+    "QPiSSA": pissa,
+    "LoftQ": loftq,
+    "LoftQ, 5 rounds": partial(loftq, rounds=5),
+}
 ARMS: dict[str, Callable[[Any], Any]] = {  # adapted model -> where the arm starts
     "LoRA": lambda adapted: adapted,
     "PiSSA": pissa,
     "DoRA": dora,
-    "QLoRA, 2 bits": partial(on_codes, quantizer=coarse),
-    "QPiSSA, 2 bits": partial(pissa, quantize=coarse),
-    "LoftQ, 2 bits": partial(loftq, quantize=coarse),
-    "LoftQ, 5 rounds, 2 bits": partial(loftq, quantize=coarse, rounds=5),
-}
-STARTS = {  # name: the start for a quantizer
-    "QLoRA": lambda adapted, quantizer: on_codes(adapted, quantizer),
-    "QPiSSA": pissa,
-    "LoftQ": loftq,
-    "LoftQ, 5 rounds": partial(loftq, rounds=5),
+} | {
+    f"{name}, 2 bits": lambda adapted, start=start: start(adapted, coarse)
+    for name, start in STARTS.items()
 }
 CODES = {"2 bits": coarse, "NF4": partial(quantize, double=False)}
 
@@ -114,13 +110,20 @@ def train_variant(
     }
 
 
+def dense(model: Any) -> np.ndarray:
+    """All of base + s B A, linear after linear."""
+    return np.concatenate([
+        node.merged().weight.data.ravel()
+        for _, node in walk(model) if isinstance(node, LoRALinear)
+    ])  # fmt: skip
+
+
 def starts(ranks: Sequence[int]) -> list[dict[str, Any]]:
     """Before any training, by start, code and rank: how far the weights are from W0, in
     √(Σ ‖W0 - base - s B A‖² / Σ ‖W0‖²) over the linears, and the loss on the dates that the
     base was trained for."""
     task, old = get_task("dates"), dates.splits(0, "iso").validation
     base, rows = task.base(), []
-    weights = {path: wide(n.dense()) for path, n in walk(base) if isinstance(n, Linear)}
     for name, start in STARTS.items():
         for code, quantizer in CODES.items():
             row = {"start": name, "code": code, "distance": [], "loss": []}
@@ -128,35 +131,17 @@ def starts(ranks: Sequence[int]) -> list[dict[str, Any]]:
                 rng = np.random.default_rng(0)
                 adapted = adapt(base, task.settings.targets, rank=rank, alpha=rank, rng=rng)
                 model = start(adapted, quantizer)
-                row["distance"].append(distance(model, weights))
+                row["distance"].append(distance(dense(model), dense(adapted)))
                 row["loss"].append(evaluate(model, task.loss, old))
             rows.append(row)
     return rows
 
 
-def distance(model: Any, weights: dict[str, Any]) -> float:
-    gap = whole = 0.0
-    for path, node in walk(model):
-        if isinstance(node, LoRALinear):
-            now = wide(node.base.dense()) + node.scale * (node.B.data @ node.A.data)
-            gap += float(np.square(weights[path] - now).sum())
-            whole += float(np.square(weights[path]).sum())
-    return (gap / whole) ** 0.5
-
-
 def variants(config: VariantsConfig) -> dict[str, Any]:
     """Each arm at its own best rate, as `compare` chooses it, over seeds; and the starts."""
-    tries = [(arm, lr, 0, config.rank, config.every) for arm in ARMS for lr in config.rates]
-    runs = list(progress(spread(train_variant, tries, config.jobs), total=len(tries)))
     rows = []
-    for i, arm in enumerate(progress(list(ARMS), label="seeds")):
-        tried = runs[i * len(config.rates) : (i + 1) * len(config.rates)]
-        close, seeds = closest(arm, tried), range(1, config.seeds)
-        more = [
-            (arm, run["lr"], seed, config.rank, config.every) for run in close for seed in seeds
-        ]
-        rest = iter(list(spread(train_variant, more, config.jobs)))
-        found = choose(arm, [[run, *islice(rest, len(seeds))] for run in close])
+    train = partial(train_variant, rank=config.rank, every=config.every)
+    for arm, tried, found in at_best_rates(train, ARMS, config.rates, config.seeds, config.jobs):
         lr = found[0]["lr"]
         rows.append({
             "arm": arm, "trainable": found[0]["trainable"], "lr": lr,

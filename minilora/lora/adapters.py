@@ -7,7 +7,7 @@ pass, a generation or a mixed batch that is running keeps the adapters that it b
 import re
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -56,8 +56,9 @@ def take(adapted: Any) -> Adapter:
     Errors: `AdapterError` if there is none, or for one that is more than s B A on its base,
     or one of a mixed batch.
     """
-    expect_unmixed("take", adapted)
     for path, node in walk(adapted):
+        if isinstance(node, MixedLoRA):
+            node.merged()  # refuses: a layer is several
         if is_adapter(node):
             expect_plain("take", path, node)
     return factors(adapted)
@@ -71,7 +72,7 @@ def factors(adapted: Any) -> Adapter:
         if is_adapter(node)
     }
     if not found:
-        raise AdapterError("expected a model with adapters, found none")
+        raise AdapterError("adapter: expected a model with adapters, found none")
     return found
 
 
@@ -198,12 +199,11 @@ class MixedLoRA:
             start += n
         return y + concat(*parts, axis=0)[self.back]
 
-
-def expect_unmixed(what: str, tree: Any) -> None:
-    """Refuse a mixed batch, in which a layer is several."""
-    for path, node in walk(tree):
-        if isinstance(node, MixedLoRA):
-            raise AdapterError(f"{what}: expected one adapter for all rows, found more at {path}")
+    def merged(self) -> NoReturn:
+        """Errors: `AdapterError`, always: the rows have no one weight."""
+        raise AdapterError(
+            f"mixed batch: expected one adapter for all rows, found {len(self.nodes)} groups"
+        )
 
 
 def mix(model: Any, rows: Sequence[Adapter | None]) -> Any:

@@ -1,7 +1,7 @@
 """Relatives of LoRA: two other places to start from, and one more thing that trains.
 
     PiSSA   s B A starts as the best part of rank r of W0 itself; what is left of W0 stays
-    LoftQ   s B A starts as the best part of rank r of what four bits lose of W0
+    LoftQ   s B A starts as the best part of rank r of what codes lose of W0
     DoRA    each row of W0 + s B A keeps its direction and gets a length m that trains
 
 Each takes an adapted tree and gives another:  pissa(adapt(model, rank=8, alpha=8, rng=rng)).
@@ -18,7 +18,7 @@ from ..engine.tensor import Parameter, Tensor
 from ..model.layers import Linear, LinearLike, Rng
 from ..model.module import branches, module, parameters, rebuild, walk
 from .adapters import Adapter, combine, factors, truncated
-from .lora import LoRALinear
+from .lora import LoRALinear, expect_plain
 
 Quantize = Callable[[Linear], LinearLike]
 
@@ -39,7 +39,7 @@ def pissa(adapted: Any, quantize: Quantize | None = None) -> Any:
     W0 - s B A, or what `quantize` makes of a Linear with that weight (QPiSSA); where W0 was in
     bfloat16, in float32.  Unquantized, the model is what it was, to rounding; but the directions
     in which W0 does most are now those that train.  (Meng et al. 2024, section 3.)
-    Errors: `AdapterError` as `loftq`.
+    Errors: `AdapterError`, `NumericsError` as `loftq`.
     """
 
     def start(W0: Any, base: Linear, rank: int, scale: float) -> tuple:
@@ -58,9 +58,9 @@ def loftq(adapted: Any, quantize: Quantize, rounds: int = 1) -> Any:
     ‖W0 - Q‖; more rounds need not lower it further, because the quantizer does not minimize it.
     `quantize` maps a Linear to what stands in its place, e.g. `minilora.quant.linear.quantize`.
     (Li et al. 2023, algorithm 1.  PEFT's `loftq_init` leaves out s: it is right for s = 1.)
-    Errors: `AdapterError` for fewer rounds than one; for a tree without adapters; for an
-    adapter that is not plain LoRA on a plain Linear, has s <= 0, or a rank above min(d_out, d_in);
-    `NumericsError` for a weight that is not finite.
+    Errors: `MiniloraError` for rounds that are no whole number >= 1; `AdapterError` for a tree
+    without adapters, or an adapter that is not plain LoRA on a plain Linear, has s <= 0, or a rank
+    above min(d_out, d_in); `NumericsError` for a weight that is not finite.
     """
     expect_whole("rounds", rounds, 1)
 
@@ -117,10 +117,9 @@ def plain_adapters(adapted: Any) -> dict[str, LoRALinear]:
     """
     nodes = {path: node for path, node in walk(adapted) if isinstance(node, LoRALinear)}
     if not nodes:
-        raise AdapterError("expected a model with adapters on its linears, found none")
+        raise AdapterError("adapter: expected a model with adapters on its linears, found none")
     for path, node in nodes.items():
-        if type(node) is not LoRALinear:
-            raise AdapterError(f"{at(path)}expected plain LoRA, found a {type(node).__name__}")
+        expect_plain("adapter", path, node)
     return nodes
 
 
@@ -140,7 +139,9 @@ def learned(start: Any, trained: Any) -> Adapter:
     """
     for path, node in (*walk(start), *walk(trained)):
         if isinstance(node, DoRALinear):
-            raise AdapterError(f"{at(path)}expected factors alone, found a DoRALinear: merge it")
+            raise AdapterError(
+                f"learned: {at(path)}expected factors alone, found a DoRALinear: merge it"
+            )
     before, after = factors(start), factors(trained)
     if before.keys() != after.keys():
         odd = sorted(before.keys() ^ after.keys())

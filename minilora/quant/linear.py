@@ -10,7 +10,6 @@ from ..engine.errors import AdapterError, QuantError
 from ..engine.fused import frozen_linear
 from ..engine.rules import wide
 from ..engine.tensor import Tensor
-from ..lora.adapters import expect_unmixed
 from ..lora.lora import LoRALinear, is_adapter
 from ..lora.variants import SplitLinear
 from ..model.layers import Linear, Rng
@@ -117,7 +116,6 @@ def merge_quantized(
     """
     if way not in WAYS:
         raise QuantError(f"way: expected one of {', '.join(WAYS)}; found {way!r}")
-    expect_unmixed("merge_quantized", adapted)
     originals = {path: n for path, n in walk(original) if isinstance(n, Linear)}
     errors: dict[str, float] = {}
 
@@ -145,7 +143,7 @@ def merge_quantized(
                 merged = Linear(Tensor(trained), bias)
             errors[path] = distance(wide(merged.dense()), trained)
             return merged
-        if is_adapter(node):
+        if hasattr(node, "merged"):  # an adapter, or a mixed batch, which refuses
             plain = node.merged()
             expect_finite(f"merge_quantized: {path}", plain.weight.data)
             return plain
